@@ -1,0 +1,34 @@
+# make demo   quantize the bundled model to 2 bits, load it with transformers, evaluate before and after
+# make test   the whole test suite
+# make lint   ruff and mypy
+# Each needs only Python >= 3.10: the first run creates $(VENV) with the pinned versions of constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+MODEL = tests/models/tiny-qwen3-moe
+OUT = out/demo
+
+.PHONY: demo test lint
+
+demo: $(VENV)/.installed
+	$(BIN)/python quantize.py --model $(MODEL) --calibration tests/data/calibration.txt --output $(OUT) \
+		--bits 2 --sequence-length 256 --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/kbvq eval $(OUT) --baseline $(MODEL) --perplexity tests/data/test.txt \
+		--tasks fixture_cloze,fixture_lastword --include-path tests/data/tasks --limit 200 --json $(OUT)-eval.json
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch goes first and alone, at its pinned version: nothing that follows can then choose another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("kbvq needs Python >= 3.10: make PYTHON=...") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[eval,dev]'
+	touch $@

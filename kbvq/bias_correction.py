@@ -1,0 +1,41 @@
+"""Bias-corrected output stabilization: a scale and a bias per output channel that restore the output statistics.
+
+KBVQ-MoE's BCOS (arXiv 2602.11184, section 4.2): y = (1 + s) ⊙ (Ŵ x) + b with
+s = σ_y/σ_ŷ − 1 and b = μ_y − (1 + s) μ_ŷ, moments over the tokens routed to the expert. The moments of a linear
+map follow from those of its inputs, μ_y = W μ_x and σ_y² = diag(W (M − μ μᵀ) Wᵀ), so no token is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SLOPE_LIMITS = (0.2, 5.0)
+"""Bounds on 1 + s. The paper has none; a channel outside them has next to no variance to match."""
+
+
+def output_moments(weight: Tensor, second_moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each output channel of y = W x.
+
+    weight [out_features, in_features], second_moment E[x xᵀ] [in_features, in_features], mean E[x] [in_features].
+    Returns (mean [out_features], standard deviation [out_features]), float32. The moment is centred in float64,
+    where the difference of two like matrices is harmless; the products that follow have no cancellation.
+    """
+    mean = mean.double()
+    covariance = (second_moment.double() - torch.outer(mean, mean)).float()
+    weight = weight.float()
+    variance = ((weight @ covariance) * weight).sum(1)
+    return weight @ mean.float(), variance.clamp_min(0).sqrt()
+
+
+def bias_correction(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Slope 1 + s and bias b per output channel, both [out_features] float32.
+
+    teacher, student: (mean, standard deviation) of y and of ŷ per channel. A channel whose ŷ does not vary
+    keeps slope 1 and takes the difference of the means as its bias.
+    """
+    (mean, deviation), (student_mean, student_deviation) = teacher, student
+    floor = 1e-6 * deviation.square().mean().sqrt()
+    slope = torch.where(student_deviation > floor, deviation / student_deviation.clamp_min(1e-30), 1.0)
+    slope = slope.clamp(*SLOPE_LIMITS)
+    return slope.float(), (mean - slope * student_mean).float()

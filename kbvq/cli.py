@@ -1,0 +1,162 @@
+"""The command line: `kbvq quantize`, `kbvq eval`, `kbvq inspect`, `kbvq verify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import kbvq
+from kbvq.calibration_text import DEFAULT_CALIBRATION
+from kbvq.checkpoint import inspect_checkpoint, verify_checkpoint
+from kbvq.errors import KbvqError
+from kbvq.pipeline import QuantizeOptions, quantize_model
+from kbvq.recipes import BITS, RECIPE_NAMES, make_recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 for an error that the message explains."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("kbvq").setLevel(logging.WARNING if options.quiet else logging.INFO)
+    try:
+        with logging_redirect_tqdm():
+            options.run(options)
+    except KbvqError as error:
+        print(f"kbvq: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kbvq", description="Compress the experts of mixture-of-experts models.")
+    parser.add_argument("--version", action="version", version=f"kbvq {kbvq.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--quiet", action="store_true", help="report warnings and errors only")
+
+    quantize = commands.add_parser("quantize", parents=[common], help="quantize the experts of a checkpoint")
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("--model", required=True, help="local folder or hub name of the original model")
+    quantize.add_argument("--output", required=True, type=Path, help="folder of the packed checkpoint")
+    quantize.add_argument(
+        "--calibration",
+        default=DEFAULT_CALIBRATION,
+        help=".txt, .jsonl, .json or .parquet file, a folder of them, or NAME[:CONFIG[:SPLIT[:COLUMN]]] on the hub "
+        "(default: %(default)s)",
+    )
+    quantize.add_argument(
+        "--bits", type=float, default=2, help=f"code bits per weight, one of {sorted(BITS)} (default: 2)"
+    )
+    quantize.add_argument("--recipe", default="default", help=f"{' or '.join(RECIPE_NAMES)} (default: %(default)s)")
+    quantize.add_argument("--samples", type=int, default=128, help="calibration windows (default: %(default)s)")
+    quantize.add_argument(
+        "--sequence-length", type=int, help="tokens per window (default: the smaller of 2048 and the model's longest)"
+    )
+    quantize.add_argument("--seed", type=int, default=0, help="of the windows and the codebooks (default: %(default)s)")
+    quantize.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    quantize.add_argument("--overwrite", action="store_true", help="replace a non-empty output folder")
+    quantize.add_argument("--no-idre", dest="idre", action="store_false", help="no shared low-rank basis")
+    quantize.add_argument("--no-klt", dest="klt", action="store_false", help="shared basis by plain SVD")
+    quantize.add_argument("--no-bcos", dest="bcos", action="store_false", help="no output scale and bias correction")
+    quantize.add_argument(
+        "--codebook-scope", choices=("expert", "bank"), help="a codebook for each expert, or one for all of a layer"
+    )
+
+    evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL to a baseline and lm-eval tasks")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", help="folder or hub name of the model to evaluate")
+    evaluate.add_argument("--baseline", help="the original model, for differences")
+    evaluate.add_argument(
+        "--perplexity", metavar="FILE", help="UTF-8 text for token perplexity, KL and top-1 agreement"
+    )
+    evaluate.add_argument("--tasks", default="", help="lm-eval tasks, separated by commas")
+    evaluate.add_argument("--include-path", metavar="DIR", help="folder of local lm-eval tasks")
+    evaluate.add_argument("--limit", type=int, help="items per task")
+    evaluate.add_argument("--window", type=int, help="tokens per window (default: min(2048, the model's longest))")
+    evaluate.add_argument("--batch-size", type=int, help="windows, or task requests, per forward")
+    evaluate.add_argument("--device", help="cpu, cuda, … or auto (default: cuda where there is one)")
+    evaluate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    evaluate.add_argument("--json", metavar="FILE", help="write the results there")
+
+    inspect = commands.add_parser("inspect", parents=[common], help="bits and bytes of a packed checkpoint")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    verify = commands.add_parser("verify", parents=[common], help="check a packed checkpoint against its manifest")
+    verify.set_defaults(run=_verify)
+    verify.add_argument("folder", type=Path)
+    return parser
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    changes: dict[str, object] = {name: False for name in ("idre", "klt", "bcos") if not getattr(options, name)}
+    if options.codebook_scope:
+        changes["codebook_scope"] = options.codebook_scope
+    bits = int(options.bits) if options.bits == int(options.bits) else options.bits
+    record = quantize_model(
+        QuantizeOptions(
+            model=options.model,
+            output=options.output,
+            calibration=options.calibration,
+            recipe=make_recipe(options.recipe, bits, **changes),
+            samples=options.samples,
+            sequence_length=options.sequence_length,
+            seed=options.seed,
+            device=options.device,
+            overwrite=options.overwrite,
+        ),
+        kbvq_version=kbvq.__version__,
+    )
+    print(
+        f"{options.output}: {record['bits_per_weight']:.3f} bits per expert weight with everything stored, "
+        f"{record['code_bits']:.3f} in codes"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from kbvq_eval.run import evaluate  # above this package: only this command needs it
+
+    evaluate(
+        options.model,
+        baseline=options.baseline,
+        perplexity=options.perplexity,
+        tasks=[task for task in options.tasks.split(",") if task],
+        include_path=options.include_path,
+        limit=options.limit,
+        window=options.window,
+        batch_size=options.batch_size,
+        device=options.device,
+        dtype=options.dtype,
+        json_path=options.json,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    summary = inspect_checkpoint(options.folder)
+    if options.json:
+        print(json.dumps(summary, indent=2))
+        return
+    print(f"{'projection':48} {'codebook':>8} {'bits':>7} {'codes':>7} {'rank':>5} {'bytes':>14}")
+    for bank in summary["banks"]:
+        for projection in ("gate_up_proj", "down_proj"):
+            row = bank[projection]
+            print(
+                f"{bank['path'] + '.' + projection:48} {row['codebook']:>8} {row['bits_per_weight']:7.3f} "
+                f"{row['code_bits']:7.3f} {row['rank']:5} {row['bytes']:14,}"
+            )
+    print(
+        f"experts: {summary['bits_per_weight']:.3f} bits per weight, {summary['code_bits']:.3f} in codes; "
+        f"whole model: {summary['model_bytes']:,} bytes"
+    )
+
+
+def _verify(options: argparse.Namespace) -> None:
+    verify_checkpoint(options.folder)
+    print(f"{options.folder}: every file matches the manifest")

@@ -1,0 +1,60 @@
+"""The forward pass of a bank of experts, in plain torch, for whatever weights it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ExpertWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""gate_up_proj [2I, H], its bias [2I] or None, down_proj [H, I], its bias [H] or None."""
+
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called as (expert, inputs of gate_up_proj [n, H], inputs of down_proj [n, I], routing weights [n])."""
+
+
+def run_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    num_experts: int,
+    expert_weights: Callable[[int], ExpertWeights],
+    activation: Callable[[Tensor], Tensor],
+    observe: Observer | None = None,
+) -> Tensor:
+    """Σ_k routing_weight_k · (down_e(activation(gate) · up) + bias_e) over the experts of each token.
+
+    hidden_states: [T, H], any float dtype; matrix products run in it.
+    top_k_index: [T, k] integers; those >= num_experts mark experts of another rank and are skipped.
+    top_k_weights: [T, k], any float dtype.
+    expert_weights: asked once per expert that has tokens, in ascending order, so weights can be made on demand.
+    observe: sees the inputs of both projections of every expert that has tokens.
+
+    Returns [T, H] in the dtype of `hidden_states`. Deterministic.
+    """
+    experts, order = top_k_index.flatten().sort(stable=True)
+    tokens = order // top_k_index.shape[-1]
+    routing_weights = top_k_weights.flatten()[order].float()
+    counts = experts[experts < num_experts].bincount(minlength=num_experts).tolist()
+
+    # float32: adding k outputs in bfloat16 would round k times. A token meets an expert at most once, so each
+    # index_add_ writes a row at most once, and the order of the additions is that of the experts.
+    output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        chosen = slice(start, start + count)
+        start += count
+        gate_up_inputs = hidden_states[tokens[chosen]]
+        gate_up_weight, gate_up_bias, down_weight, down_bias = expert_weights(expert)
+        gate, up = F.linear(gate_up_inputs, gate_up_weight, gate_up_bias).chunk(2, dim=-1)
+        down_inputs = activation(gate) * up
+        if observe is not None:
+            observe(expert, gate_up_inputs, down_inputs, routing_weights[chosen])
+        expert_output = F.linear(down_inputs, down_weight, down_bias)
+        output.index_add_(0, tokens[chosen], expert_output.float() * routing_weights[chosen, None])
+    return output.to(hidden_states.dtype)

@@ -1,0 +1,157 @@
+"""Packed checkpoints in transformers: `import kbvq`, then `AutoModelForCausalLM.from_pretrained(folder)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kbvq.checkpoint import FORMAT_VERSION, check_bank_tensors, read_file_headers
+from kbvq.errors import CheckpointError, ConfigError
+from kbvq.packed_experts import packed_module
+from kbvq.structures import BankFormat
+
+if TYPE_CHECKING:  # importing it loads torch._dynamo and Triton
+    from transformers import PreTrainedModel
+
+QUANT_METHOD = "kbvq"
+
+
+class KbvqConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed checkpoint; `banks` is all that loading needs, the rest describes.
+
+    banks: one `BankFormat.to_dict()` per packed bank.
+    Raises ConfigError for a format version, a field or a bank that this version of kbvq cannot read.
+    """
+
+    def __init__(
+        self,
+        *,
+        format_version: int | None = None,
+        banks: Iterable[dict] = (),
+        kbvq_version: str | None = None,
+        recipe: dict | None = None,
+        bits_per_weight: float | None = None,
+        code_bits: float | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: object,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"the packed checkpoint has format version {format_version}, this kbvq reads {FORMAT_VERSION}; "
+                "upgrade kbvq, or quantize the model again"
+            )
+        if unknown:
+            raise ConfigError(f"quantization_config has the unknown fields {sorted(unknown)}; upgrade kbvq")
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists only its own methods
+        self.format_version = format_version
+        self.kbvq_version = kbvq_version
+        self.recipe = recipe
+        self.bits_per_weight = bits_per_weight
+        self.code_bits = code_bits
+        self.banks = list(banks)
+        self.bank_formats()
+
+    def bank_formats(self) -> list[BankFormat]:
+        return [BankFormat.from_dict(bank) for bank in self.banks]
+
+
+class KbvqQuantizer(HfQuantizer):
+    """Puts packed modules where the banks of `KbvqConfig` are, before transformers reads the weights into them."""
+
+    quantization_config: KbvqConfig
+    requires_calibration = True  # transformers then refuses to quantize on the fly
+    is_trainable = False
+
+    # The forward loops over the experts that have tokens, so their counts must come back from the device. That is a
+    # data-dependent size: torch.compile refuses it with fullgraph=True, and breaks the graph in every layer without.
+    is_compileable = False
+
+    def is_serializable(self, *args: object, **kwargs: object) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Check the files against the model and replace the banks' modules.
+
+        transformers only warns about missing tensors, and may fill them with random numbers; here everything
+        is compared with the headers of the files first. Raises CheckpointError naming the tensor.
+        """
+        files = checkpoint_files or []
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            raise CheckpointError(f"a packed checkpoint is loaded from its .safetensors files, not from {files}")
+        headers = read_file_headers(files)
+        for bank in self.quantization_config.bank_formats():
+            check_bank_tensors(bank, headers)
+            _replace_bank_(model, bank)
+
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for name, tensor in model.state_dict().items():
+            if name not in headers and tied.get(name) not in headers:
+                raise CheckpointError(
+                    f"{name} of {type(model).__name__} is missing from the packed checkpoint; fetch it again, "
+                    f"and load it as {_architectures(model)}"
+                )
+            if name in headers and headers[name].shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{name} is stored as {list(headers[name].shape)}, config.json makes it {list(tensor.shape)}; "
+                    "fetch the checkpoint again"
+                )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # Packed checkpoints hold the names of the model in memory: nothing was converted from the hub's layout. Later
+        # versions of transformers see that; 5.4 lists every conversion that it knows for the model, and
+        # save_pretrained would undo them, splitting codes as if they were the weights of single experts.
+        model._weight_conversions = []  # type: ignore[assignment]
+        return model
+
+
+def register() -> None:
+    """Make the quantization method known to transformers; repeated calls change nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(KbvqConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(KbvqQuantizer)
+
+
+def _replace_bank_(model: PreTrainedModel, bank: BankFormat) -> None:
+    try:
+        module: Any = model.get_submodule(bank.path)
+        shapes = _weight_shapes(module, bank.kind)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{type(model).__name__} has no {bank.kind} experts at {bank.path}; load the checkpoint as "
+            f"{_architectures(model)}"
+        ) from error
+    for projection, shape in shapes.items():
+        format = getattr(bank, projection)
+        if shape != (format.num_experts, format.out_features, format.in_features):
+            raise CheckpointError(
+                f"{bank.path}: config.json makes {projection} {list(shape)}, its packed format says "
+                f"{[format.num_experts, format.out_features, format.in_features]}; fetch the checkpoint again"
+            )
+    with torch.device("meta"):
+        model.set_submodule(bank.path, packed_module(bank, module.act_fn))
+
+
+def _weight_shapes(module: Any, kind: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that a bank replaces: [num_experts, out_features, in_features] by projection."""
+    if kind == "routed":
+        return {"gate_up_proj": tuple(module.gate_up_proj.shape), "down_proj": tuple(module.down_proj.shape)}
+    rows, columns = module.gate_proj.weight.shape
+    return {
+        "gate_up_proj": (1, rows + module.up_proj.weight.shape[0], columns),
+        "down_proj": (1, *module.down_proj.weight.shape),
+    }
+
+
+def _architectures(model: PreTrainedModel) -> str:
+    return " or ".join(model.config.architectures or ["the class it was made from"])
+
+
+register()

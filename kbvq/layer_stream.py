@@ -1,0 +1,395 @@
+"""A checkpoint read one decoder layer at a time: the whole model is never in memory.
+
+The model is built from its config on the meta device, without weights. Its parameters are then read from the
+safetensors shards on demand, with the renamings and fusions that transformers itself applies to a checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import logging
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
+from kbvq.moe_adapters import decoder_layers, find_expert_banks
+
+logger = logging.getLogger("kbvq")
+
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Safetensors dtypes that a weight may have."""
+
+_FINITE_CHUNK = 1 << 24  # elements looked at together
+
+
+def resolve_model_folder(name_or_path: str) -> Path:
+    """The folder of a local model, or of a hub model after downloading its safetensors, JSON and tokenizer files.
+
+    Raises CheckpointError when there is neither such a folder nor such a model, or the hub cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
+        raise CheckpointError(f"{name_or_path} is neither a folder nor a model name of the hub; pass one of them")
+    try:
+        return Path(
+            snapshot_download(
+                name_or_path,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"],
+                ignore_patterns=["consolidated*", "original/*"],  # the same weights again, in another layout
+            )
+        )
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"there is no local folder {name_or_path}, and the hub did not provide such a model ({reason}); check the "
+            "name and the connection, or pass a local folder with config.json and the safetensors shards"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor of a shard, as its header describes it. dtype: in safetensors notation, e.g. "BF16"."""
+
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a parameter of the model is made from.
+
+    converter: the fusion of several stored tensors, or None for one stored tensor taken as it is.
+    keys: (source pattern of the converter, name of the stored tensor), experts in ascending order.
+    """
+
+    converter: WeightConverter | None
+    keys: list[tuple[str, str]] = field(default_factory=list)
+
+
+class LayerStream:
+    """A model folder (safetensors in the layout of the hub), opened and checked.
+
+    dtype: what embeddings and layers are materialised in; parameters that `from_pretrained` keeps in float32 stay so.
+    device: where they are materialised.
+
+    model: the skeleton on the meta device, in eval mode, without cache, with a real rotary module.
+    banks: its banks of experts (find_expert_banks). layers_path: module path of the decoder layers.
+    source_bytes: size of the stored tensors that the model uses. source_dtype: the dtype of most of those bytes.
+
+    Raises CheckpointError for a missing or unreadable file, a missing, misshapen or unsupported tensor and a model that
+    is already quantized; UnsupportedModelError for a model that kbvq cannot quantize. No weight is read for that.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
+        self.config = _load_config(folder)
+        self.model = _build_skeleton(self.config, dtype, self.device)
+        self.banks = find_expert_banks(self.model)
+        self._layers, self.layers_path = decoder_layers(self.model)
+        self.num_layers = len(self._layers)
+
+        self._stored = _read_headers(folder)
+        self._skeleton = self.model.state_dict()
+        self._float32 = [pattern.replace("*", ".*") for pattern in self.model._get_dtype_plan(dtype)]
+        self._sources = self._match_sources()
+        # Tied parameters are one object under two names; the first name is the one that is loaded and stored.
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        first_name: dict[int, str] = {}
+        self._tied = {n: first for n, p in parameters.items() if (first := first_name.setdefault(id(p), n)) != n}
+        for name, first in self._tied.items():
+            if name in self._sources:
+                self._sources.setdefault(first, self._sources[name])
+        self._check_sources()
+
+        bytes_of: Counter[torch.dtype] = Counter()
+        for key in {key for source in self._sources.values() for _, key in source.keys}:
+            stored = self._stored[key]
+            bytes_of[STORED_DTYPES[stored.dtype]] += math.prod(stored.shape) * STORED_DTYPES[stored.dtype].itemsize
+        self.source_bytes = bytes_of.total()
+        self.source_dtype = bytes_of.most_common(1)[0][0]
+
+    def check_finite(self) -> None:
+        """Read every weight once; NumericalError names the first with a NaN or an infinity."""
+        keys = sorted({key for source in self._sources.values() for _, key in source.keys}, key=dot_natural_key)
+        for key in tqdm(keys, desc="checking weights", unit="tensor", disable=None):
+            # Reopened for each tensor: pages of a mapped shard count as memory in use until it is closed.
+            with self._open_shards() as fetch:
+                for chunk in fetch(key).flatten().split(_FINITE_CHUNK):
+                    # The extremes of a tensor are NaN if anything is.
+                    if chunk.numel() and not torch.stack(torch.aminmax(chunk)).isfinite().all():
+                        raise NumericalError(
+                            f"{key} in {self._stored[key].shard} contains NaN or infinite values; get an intact copy"
+                        )
+
+    @torch.no_grad()
+    def layer_inputs(self, input_ids: Tensor) -> tuple[Tensor, list[dict]]:
+        """Embeddings of a batch and the keyword arguments that each decoder layer gets for it.
+
+        input_ids: [B, S] integers. Returns hidden states [B, S, H] in `dtype` on `device`, and for every layer its
+        arguments: attention mask, position embeddings and so on, as the model's own forward makes them. They depend
+        on B and S alone. The embeddings stay in memory until a layer is opened.
+        """
+        embedding = self.model.get_input_embeddings()
+        if embedding.weight.is_meta:
+            self._materialize(next(name for name, module in self.model.named_modules() if module is embedding))
+        hidden_states: list[Tensor] = []
+        layer_kwargs: list[dict] = []
+
+        def record(states: Tensor, **kwargs: object) -> Tensor:
+            hidden_states.append(states)
+            layer_kwargs.append(kwargs)
+            if len(layer_kwargs) == self.num_layers:
+                raise _LayersPassed
+            return states
+
+        for layer in self._layers:
+            layer.forward = record
+        try:
+            self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+        except _LayersPassed:
+            pass
+        finally:
+            for layer in self._layers:
+                del layer.forward
+        return hidden_states[0], layer_kwargs
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights, in `dtype` on `device`, until the block is left.
+
+        Banks may be replaced by other modules inside the block; afterwards the skeleton is as it was.
+        """
+        path = f"{self.layers_path}.{index}"
+        self.model.get_input_embeddings().to("meta")
+        originals = {b.path: self.model.get_submodule(b.path) for b in self.banks if b.decoder_layer == index}
+        try:
+            self._materialize(path)
+            yield self._layers[index]
+        finally:
+            for bank_path, module in originals.items():
+                self.model.set_submodule(bank_path, module)
+            self._layers[index].to("meta")
+            _return_freed_memory()
+
+    def layer_tensors(self, index: int) -> dict[str, Tensor]:
+        """The tensors of decoder layer `index` outside its banks, by their names in the model, in the dtype stored."""
+        banks = tuple(f"{bank.path}." for bank in self.banks)
+        prefix = f"{self.layers_path}.{index}."
+        return self._read([name for name in self._sources if name.startswith(prefix) and not name.startswith(banks)])
+
+    def outer_tensors(self) -> dict[str, Tensor]:
+        """The tensors outside the decoder layers, as `layer_tensors` gives them.
+
+        A tied parameter appears once, unless the checkpoint stores two different tensors: then `from_pretrained` does
+        not tie them either.
+        """
+        tensors = self._read([name for name in self._sources if not name.startswith(f"{self.layers_path}.")])
+        for name, first in self._tied.items():
+            if name in tensors and torch.equal(tensors[name], tensors[first]):
+                del tensors[name]
+        return tensors
+
+    def _match_sources(self) -> dict[str, _Source]:
+        """Name in the model -> the stored tensors it is made from, as `from_pretrained` matches them."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+        converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        sources: dict[str, _Source] = {}
+        unused = []
+        for key in sorted(self._stored, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, self._skeleton)
+            if name not in self._skeleton and key in self._skeleton:
+                name, pattern = key, None
+            if name not in self._skeleton:
+                unused.append(key)
+                continue
+            source = sources.setdefault(name, _Source(None if pattern is None else converter_of[pattern]))
+            source.keys.append((pattern or key, key))
+        if unused:
+            logger.warning("%d stored tensors are not part of the model, e.g. %s", len(unused), unused[0])
+        return sources
+
+    def _check_sources(self) -> None:
+        """Every parameter has its stored tensors, of a supported dtype, and they make up its shape."""
+        for name, parameter in self._skeleton.items():
+            if name not in self._sources:
+                if name in self._tied:
+                    continue
+                raise CheckpointError(f"{self.folder}: no shard has {name}; get a complete copy of the checkpoint")
+            source = self._sources[name]
+            for _, key in source.keys:
+                if self._stored[key].dtype not in STORED_DTYPES:
+                    raise CheckpointError(
+                        f"{self._stored[key].shard}: {key} is stored as {self._stored[key].dtype}; kbvq reads "
+                        f"{', '.join(STORED_DTYPES)}: convert the checkpoint to bfloat16 first"
+                    )
+            if source.converter is not None:
+                self._check_experts(name, source, parameter.shape[0])
+            try:
+                shape = self._assemble(name, lambda key: torch.empty(self._stored[key].shape, device="meta")).shape
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{self.folder}: {name} cannot be fused from its experts: {error}") from error
+            if shape != parameter.shape:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is {tuple(shape)} in the shards but {tuple(parameter.shape)} by "
+                    "config.json; they do not belong together"
+                )
+
+    def _check_experts(self, name: str, source: _Source, num_experts: int) -> None:
+        """Each source pattern of a fused parameter, such as "experts.*.up_proj.weight", has a tensor per expert."""
+        for pattern in source.converter.source_patterns:
+            found = [key for key_pattern, key in source.keys if key_pattern == pattern]
+            present = {int(part) for key in found for part in re.findall(r"\.experts\.(\d+)\.", key)}
+            missing = sorted(set(range(num_experts)) - present)
+            if missing:
+                key = pattern.replace("*", str(missing[0])).lstrip(".")
+                raise CheckpointError(
+                    f"{self.folder}: no shard has {key} for {name} ({len(missing)} of {num_experts} experts are "
+                    "missing); get a complete copy of the checkpoint"
+                )
+
+    def _assemble(self, name: str, fetch: Callable[[str], Tensor]) -> Tensor:
+        """A parameter from its stored tensors, which `fetch` provides."""
+        source = self._sources[name]
+        if source.converter is None:
+            return fetch(source.keys[0][1])
+        converter = copy.deepcopy(source.converter)
+        for pattern, key in source.keys:
+            converter.add_tensor(name, key, pattern, lambda key=key: fetch(key))
+        tensor = converter.convert(name, model=self.model, config=self.config)[name]
+        return tensor[0] if isinstance(tensor, list) else tensor
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        """Parameters in the dtype stored, on the CPU."""
+        with self._open_shards() as fetch:
+            return {name: self._assemble(name, fetch) for name in names}
+
+    def _materialize(self, path: str) -> None:
+        """Give every parameter and buffer under a module path its weights."""
+        with self._open_shards() as fetch:
+            for name in self._skeleton:
+                if not name.startswith(f"{path}."):
+                    continue
+                dtype = torch.float32 if self._keeps_float32(name) else self._skeleton[name].dtype
+                # Cast once fused: a copy of each expert in a wider dtype would cost more memory than the layer itself.
+                tensor = self._assemble(name, lambda key: fetch(key).to(self.device)).to(dtype)
+                owner, _, leaf = name.rpartition(".")
+                module = self.model.get_submodule(owner)
+                if leaf in module._buffers:
+                    module._buffers[leaf] = tensor
+                else:
+                    module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _keeps_float32(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self._float32)
+
+    @contextmanager
+    def _open_shards(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function from the name of a stored tensor to the tensor; shards are opened when first needed."""
+        with ExitStack() as stack:
+            opened: dict[Path, safe_open] = {}
+
+            def fetch(key: str) -> Tensor:
+                shard = self._stored[key].shard
+                if shard not in opened:
+                    opened[shard] = stack.enter_context(safe_open(shard, framework="pt"))
+                return opened[shard].get_tensor(key)
+
+            yield fetch
+
+
+class _LayersPassed(Exception):
+    """Ends the model's forward once the inputs of its last layer are recorded."""
+
+
+def _return_freed_memory() -> None:
+    """Give freed heap pages back to the system, where the C library has a call for it (glibc).
+
+    Without it the process grows with the number of layers: glibc does not reuse a freed block for an aligned allocation
+    of the same size, as torch makes them, so the blocks of every layer come on top of those of the layers before.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no config.json; pass the folder of a transformers model") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if quantization := data.get("quantization_config"):
+        method = quantization.get("quant_method", "an unnamed method")
+        raise CheckpointError(f"{folder} is already quantized by {method}; pass the original, unquantized model")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"{path} describes no model that transformers knows: {error}") from error
+
+
+def _build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    config.use_cache = False
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{config.model_type} is no causal language model: {error}") from error
+    model.eval().requires_grad_(False)
+    # Rotary frequencies are in no shard: they are computed when the module is made.
+    base = model.base_model
+    if hasattr(base, "rotary_emb"):
+        with torch.device(device):
+            base.rotary_emb = type(base.rotary_emb)(model.config)
+    return model
+
+
+def _read_headers(folder: Path) -> dict[str, _StoredTensor]:
+    """Every stored tensor of a folder by its name, from the headers of the shards."""
+    index = folder / "model.safetensors.index.json"
+    weight_map: dict[str, str] = {}
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} cannot be read: {error!r}") from error
+    shards = sorted(set(weight_map.values())) or ["model.safetensors"]
+    stored: dict[str, _StoredTensor] = {}
+    for shard in shards:
+        path = folder / shard
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; kbvq needs the complete checkpoint as safetensors")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    header = file.get_slice(key)
+                    stored[key] = _StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is truncated or damaged ({error}); download it again") from error
+    for key, shard in weight_map.items():
+        if key not in stored:
+            raise CheckpointError(f"{folder / shard} lacks {key}, which the index places there; download both again")
+    return stored

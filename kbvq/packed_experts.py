@@ -1,0 +1,98 @@
+"""The modules that stand in a model where experts were: packed weights as buffers, decoded when used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kbvq.errors import CheckpointError
+from kbvq.expert_forward import ExpertWeights, run_experts
+from kbvq.packing import dequantize_expert
+from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, ProjectionFormat, buffer_name
+
+
+class PackedBankModule(nn.Module):
+    """Buffers and forward core of a packed bank, whatever its call signature.
+
+    Every tensor of the format is a persistent buffer, not a parameter: integers cannot be parameters of a
+    trainable model, and a non-persistent buffer would hold garbage after a load through the meta device.
+    """
+
+    def __init__(self, format: BankFormat, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.format = format
+        self.num_experts = format.gate_up_proj.num_experts
+        self.act_fn = activation
+        for projection in PROJECTIONS:
+            for name, spec in self.projection_format(projection).tensors().items():
+                self.register_buffer(buffer_name(projection, name), torch.zeros(spec.shape, dtype=spec.dtype))
+
+    def projection_format(self, projection: str) -> ProjectionFormat:
+        return getattr(self.format, projection)
+
+    def projection_tensors(self, projection: str) -> dict[str, Tensor]:
+        """The stored tensors of one projection by their names in the format."""
+        names = self.projection_format(projection).tensors()
+        return {name: getattr(self, buffer_name(projection, name)) for name in names}
+
+    @torch.no_grad()
+    def load_bank_(self, bank: PackedBank) -> None:
+        """Copy the tensors of `bank` into the buffers; raises CheckpointError when its format is another."""
+        if bank.format != self.format:
+            raise CheckpointError(f"{bank.path}: the bank's format {bank.format} is not the module's {self.format}")
+        for projection in PROJECTIONS:
+            for name, buffer in self.projection_tensors(projection).items():
+                buffer.copy_(getattr(bank, projection).tensors[name])
+
+    def expert_weights(self, expert: int, dtype: torch.dtype) -> ExpertWeights:
+        """Decoded weights and biases of one expert, in `dtype`."""
+        weights: list[Tensor | None] = []
+        for projection in PROJECTIONS:
+            format, tensors = self.projection_format(projection), self.projection_tensors(projection)
+            weights.append(dequantize_expert(format, tensors, expert, dtype))
+            weights.append(tensors["bias"][expert].to(dtype) if format.has_bias else None)
+        return tuple(weights)  # type: ignore[return-value]
+
+    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute the bank's output; the one place that chooses an implementation."""
+        return run_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            num_experts=self.num_experts,
+            expert_weights=lambda expert: self.expert_weights(expert, hidden_states.dtype),
+            activation=self.act_fn,
+        )
+
+    def extra_repr(self) -> str:
+        formats = {projection: self.projection_format(projection) for projection in PROJECTIONS}
+        return ", ".join(
+            f"{name}=[{f.num_experts}, {f.out_features}, {f.in_features}] in {8 * f.num_bytes / f.num_weights:.3f} bits"
+            for name, f in formats.items()
+        )
+
+
+class PackedExperts(PackedBankModule):
+    """Routed experts of one layer; called like the fused experts modules of transformers."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H], [T, k] integers, [T, k] -> [T, H] in the dtype of `hidden_states`; see `run_experts`."""
+        return self._run(hidden_states, top_k_index, top_k_weights)
+
+
+class PackedMLP(PackedBankModule):
+    """A shared expert: a bank of one that every token meets with weight one."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., H] -> [..., H] in the same dtype."""
+        tokens = hidden_states.flatten(0, -2)
+        index = tokens.new_zeros(len(tokens), 1, dtype=torch.long)
+        weights = tokens.new_ones(len(tokens), 1)
+        return self._run(tokens, index, weights).view(hidden_states.shape)
+
+
+def packed_module(format: BankFormat, activation: Callable[[Tensor], Tensor]) -> PackedBankModule:
+    """The module that serves a bank of this kind, with zeroed buffers on the default device."""
+    return {"routed": PackedExperts, "shared": PackedMLP}[format.kind](format, activation)

@@ -1,0 +1,162 @@
+"""One projection of a bank, from weights and statistics to the packed form: shared basis, codes, correction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kbvq.bias_correction import bias_correction, output_moments
+from kbvq.errors import NumericalError
+from kbvq.packing import dequantize_expert, pack_codes
+from kbvq.rate_distortion import bits_above_limit, shannon_distortion, weighted_error, weighted_spectrum
+from kbvq.recipes import Recipe
+from kbvq.shared_basis import shared_low_rank
+from kbvq.structures import InputMoments, PackedProjection, ProjectionFormat
+from kbvq.vector_quantization import row_scales, vector_quantize
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """What quantizing one projection cost and kept.
+
+    relative_error: Σ_e tr(Δ H_e Δᵀ) / Σ_e tr(W H_e Wᵀ), Δ = W − Ŵ without bias, H_e the inputs' second moments.
+    bits_above_limit: ½ log₂(D/D*) at the true bits per weight, against the Gaussian Shannon limit.
+    """
+
+    bits_per_weight: float
+    code_bits: float
+    rank: int
+    relative_error: float
+    bits_above_limit: float
+
+
+def quantize_projection(
+    weights: Tensor,
+    teacher: InputMoments,
+    student: InputMoments,
+    recipe: Recipe,
+    *,
+    seed: int,
+) -> PackedProjection:
+    """KBVQ-MoE for one projection of a bank: steps 1 to 7 of the method (shared_basis, vector_quantization,
+    bias_correction).
+
+    weights: [num_experts, out_features, in_features] of the original model.
+    teacher: moments of the inputs in the original model. student: of the inputs in the quantized model so far,
+        which are those that the packed projection will see. Both on the device of `weights`.
+    Raises NumericalError when a stored value would overflow float16.
+    """
+    weights = weights.float()
+    format = recipe.projection_format(*weights.shape)
+    tensors: dict[str, Tensor] = {}
+    residual = weights
+    if format.rank:
+        moment = student.pooled_second_moment() if recipe.klt else None
+        basis, coefficients = shared_low_rank(weights, moment, format.rank)
+        residual = weights - coefficients @ basis
+    scale = row_scales(residual) if recipe.row_scale else torch.ones_like(weights[..., 0])
+    if format.rank:
+        tensors |= _store_factors(basis, coefficients / scale[..., None], format.factor_dtype)
+        _check_finite(tensors)
+        residual = weights - scale[..., None] * _stored_low_rank(tensors)
+    codes, codebooks = vector_quantize(residual / scale[..., None], recipe, scale=scale, seed=seed)
+    tensors |= {"codes": pack_codes(codes, format.codebook_size), "codebook": codebooks.unsqueeze(1)}
+    if format.has_scale:
+        tensors["scale"] = scale.half()
+    if recipe.bcos:
+        tensors |= _correct_outputs(weights, format, tensors, teacher, student, recipe.prior_tokens)
+    elif recipe.row_scale:
+        tensors["scale"] = _least_squares_scale(weights, format, tensors, student, recipe.prior_tokens)
+    _check_finite(tensors)
+    return PackedProjection(format, tensors)
+
+
+def report_projection(
+    weights: Tensor, packed: PackedProjection, student: InputMoments, *, prior_tokens: float
+) -> ProjectionReport:
+    """Weighted error of a packed projection and its distance from the Shannon limit (rate_distortion)."""
+    row_moment = torch.zeros_like(student.outer_sum[0])
+    for weight in weights:
+        row_moment.addmm_(weight.float().T, weight.float())
+    row_moment /= weights.shape[0] * weights.shape[1]
+    bits = 8 * packed.format.num_bytes / packed.format.num_weights
+    error = energy = limit = 0.0
+    pooled = shannon_distortion(weighted_spectrum(student.pooled_second_moment(), row_moment), bits)
+    for expert, weight in enumerate(weights):
+        second_moment, _ = student.expert_moments(expert, prior_tokens)
+        error += weighted_error(weight - dequantize_expert(packed.format, packed.tensors, expert), second_moment)
+        energy += weighted_error(weight, second_moment)
+        # The limit is evaluated once, on the pooled moment, and follows the expert's input energy: E eigenvalue
+        # problems per projection would cost more than the quantization.
+        limit += pooled * float(second_moment.trace() / student.pooled_second_moment().trace().clamp_min(1e-30))
+    return ProjectionReport(
+        bits_per_weight=bits,
+        code_bits=8 * packed.format.code_bytes / packed.format.num_weights,
+        rank=packed.format.rank,
+        relative_error=error / energy if energy else 0.0,
+        bits_above_limit=bits_above_limit(error, limit),
+    )
+
+
+def _store_factors(basis: Tensor, coefficients: Tensor, factor_dtype: str) -> dict[str, Tensor]:
+    """Basis and coefficients as stored: float16, or int8 with one scale per basis row and per expert's column."""
+    if factor_dtype == "float16":
+        return {"basis": basis.half(), "coefficients": coefficients.half()}
+    smallest = torch.finfo(torch.float16).smallest_normal
+    basis_scale = (basis.abs().amax(1) / 127).clamp_min(smallest).half()
+    coefficients_scale = (coefficients.abs().amax(1) / 127).clamp_min(smallest).half()
+    return {
+        "basis": (basis / basis_scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8),
+        "basis_scale": basis_scale,
+        "coefficients": (coefficients / coefficients_scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8),
+        "coefficients_scale": coefficients_scale,
+    }
+
+
+def _stored_low_rank(tensors: dict[str, Tensor]) -> Tensor:
+    """coefficients @ basis as a reader decodes them, [num_experts, out_features, in_features] float32."""
+    basis, coefficients = tensors["basis"].float(), tensors["coefficients"].float()
+    if "basis_scale" in tensors:
+        basis = basis * tensors["basis_scale"].float()[:, None]
+        coefficients = coefficients * tensors["coefficients_scale"].float()[:, None]
+    return coefficients @ basis
+
+
+def _correct_outputs(
+    weights: Tensor,
+    format: ProjectionFormat,
+    tensors: dict[str, Tensor],
+    teacher: InputMoments,
+    student: InputMoments,
+    prior_tokens: float,
+) -> dict[str, Tensor]:
+    """Scale and bias after BCOS: the slope multiplies the row scale. Both float16."""
+    scales, biases = [], []
+    for expert, weight in enumerate(weights):
+        wanted = output_moments(weight, *teacher.expert_moments(expert, prior_tokens))
+        quantized = dequantize_expert(format, tensors, expert)
+        slope, bias = bias_correction(wanted, output_moments(quantized, *student.expert_moments(expert, prior_tokens)))
+        scales.append(tensors["scale"][expert].float() * slope)
+        biases.append(bias)
+    return {"scale": torch.stack(scales).half(), "bias": torch.stack(biases).half()}
+
+
+def _least_squares_scale(
+    weights: Tensor, format: ProjectionFormat, tensors: dict[str, Tensor], student: InputMoments, prior_tokens: float
+) -> Tensor:
+    """Row scales times the slope that minimises each row's weighted error: ⟨w, ŵ⟩_H / ⟨ŵ, ŵ⟩_H; float16."""
+    scales = []
+    for expert, weight in enumerate(weights):
+        quantized = dequantize_expert(format, tensors, expert)
+        weighted = quantized @ student.expert_moments(expert, prior_tokens)[0]
+        slope = (weighted * weight).sum(1) / (weighted * quantized).sum(1).clamp_min(1e-30)
+        scales.append(tensors["scale"][expert].float() * slope)
+    return torch.stack(scales).half()
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NumericalError(f"{name} leaves the range of float16; the weights or their statistics are extreme")

@@ -1,0 +1,43 @@
+"""The moments that the calibration pass gathers, against sums over tokens recorded in a full model."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from kbvq.calibration import ObservedBank
+from kbvq.moe_adapters import bank_activation, bank_weights, find_expert_banks
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_observed_banks_leave_the_outputs_and_gather_exact_moments(arch):
+    model = tiny_model(arch)
+    tokens = torch.randint(2, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    calls = {}
+    observed = {}
+    for bank in find_expert_banks(model):
+        original = model.get_submodule(bank.path)
+        module = ObservedBank(bank_weights(original, bank), bank_activation(original))
+        module.watch_("gate_up_proj", "down_proj")
+        module.register_forward_pre_hook(lambda _, inputs, path=bank.path: calls.update({path: inputs}))
+        model.set_submodule(bank.path, module)
+        observed[bank] = module
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+    for bank, module in observed.items():
+        hidden_states = calls[bank.path][0].flatten(0, -2).double()
+        routed = calls[bank.path][1:] or (torch.zeros(60, 1, dtype=torch.int64), torch.ones(60, 1))
+        weights = {name: weight.double() for name, weight in module.weights.items()}
+        for expert in range(bank.num_experts):
+            chosen = (routed[0] == expert).any(1)
+            inputs = hidden_states[chosen]
+            gate, up = (inputs @ weights["gate_up_proj"][expert].T).chunk(2, 1)
+            for name, seen in (("gate_up_proj", inputs), ("down_proj", module.activation(gate) * up)):
+                moments = module.moments[name]
+                assert moments.tokens[expert] == chosen.sum()
+                torch.testing.assert_close(moments.outer_sum[expert].double(), seen.T @ seen, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(moments.input_sum[expert].double(), seen.sum(0), rtol=1e-4, atol=1e-5)
+                weight_sum = routed[1][routed[0] == expert].double().sum()
+                torch.testing.assert_close(moments.weight_sum[expert].double(), weight_sum, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,159 @@
+"""The method composed: a projection goes in with its statistics, a packed one comes out."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kbvq.errors import ConfigError, NumericalError
+from kbvq.packing import dequantize_expert
+from kbvq.projection import quantize_projection, report_projection
+from kbvq.recipes import RECIPE_NAMES, make_recipe
+from kbvq.structures import InputMoments
+
+EXPERTS, OUT, IN = 3, 64, 32
+
+
+def problem(seed=0, shift=0.5):
+    """Weights with a shared direction, inputs with an uneven spectrum and a mean; tokens unevenly routed."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 0.02 * torch.randn(EXPERTS, OUT, IN, generator=generator)
+    weights += 0.05 * torch.randn(EXPERTS, OUT, 1, generator=generator) * torch.randn(IN, generator=generator)
+    moments, tokens = InputMoments.zeros(EXPERTS, IN), []
+    for expert, count in enumerate((300, 500, 900)):
+        inputs = torch.randn(count, IN, generator=generator) * torch.linspace(2, 0.1, IN) + shift
+        moments.add_(expert, inputs)
+        tokens.append(inputs)
+    return weights, moments, tokens
+
+
+def quantized(recipe, seed=0):
+    weights, moments, tokens = problem(seed)
+    packed = quantize_projection(weights, moments, moments, recipe, seed=5)
+    outputs = []
+    for expert, inputs in enumerate(tokens):
+        bias = packed.tensors["bias"][expert].float() if packed.format.has_bias else 0.0
+        outputs.append(inputs @ dequantize_expert(packed.format, packed.tensors, expert).T + bias)
+    return weights, tokens, packed, outputs
+
+
+def output_error(recipe):
+    weights, tokens, _, outputs = quantized(recipe)
+    wanted = [inputs @ weight.T for inputs, weight in zip(tokens, weights, strict=True)]
+    return sum((o - w).square().sum() for o, w in zip(outputs, wanted, strict=True)) / sum(
+        w.square().sum() for w in wanted
+    )
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_format_planned_equals_format_made_and_error_falls_with_bits(name, bits):
+    recipe = make_recipe(name, bits)
+    weights, _, packed, _ = quantized(recipe)
+    assert packed.format == recipe.projection_format(EXPERTS, OUT, IN)
+    relative = sum(
+        (dequantize_expert(packed.format, packed.tensors, e) - w).square().sum() for e, w in enumerate(weights)
+    )
+    assert relative / weights.square().sum() < {2: 0.25, 4: 0.05}[bits]
+
+
+def test_bits_are_those_of_the_stored_bytes():
+    _, _, packed, _ = quantized(make_recipe("default", 2))
+    stored = sum(t.numel() * t.element_size() for t in packed.tensors.values())
+    assert packed.format.num_bytes == stored
+    assert packed.format.code_bytes * 8 == 2 * packed.format.num_weights
+
+
+def test_bcos_restores_mean_and_deviation_of_every_output_channel():
+    recipe = make_recipe("paper", 2, prior_tokens=0.0)
+    weights, tokens, _, outputs = quantized(recipe)
+    for weight, inputs, output in zip(weights, tokens, outputs, strict=True):
+        wanted = inputs @ weight.T
+        # float16 storage of scale and bias: 2^-11 relative.
+        torch.testing.assert_close(output.mean(0), wanted.mean(0), rtol=2e-3, atol=2e-3 * wanted.abs().mean().item())
+        torch.testing.assert_close(output.std(0), wanted.std(0), rtol=2e-3, atol=1e-4)
+
+
+def test_each_part_of_the_paper_lowers_the_output_error():
+    plain = output_error(make_recipe("paper", 2, idre=False, bcos=False))
+    assert output_error(make_recipe("paper", 2, bcos=False)) < 0.5 * plain
+    assert output_error(make_recipe("paper", 2, idre=False)) < plain
+    assert output_error(make_recipe("paper", 2)) < output_error(make_recipe("paper", 2, bcos=False))
+
+
+def test_plain_vq_equals_a_nearest_codeword_search_by_hand():
+    recipe = make_recipe("paper", 2, idre=False, bcos=False)
+    weights, _, packed, _ = quantized(recipe)
+    assert set(packed.tensors) == {"codes", "codebook"}
+    for expert in range(EXPERTS):
+        vectors = weights[expert].reshape(-1, 4)
+        codebook = packed.tensors["codebook"][expert, 0].float()
+        best = torch.cdist(vectors.double(), codebook.double()).amin(1)
+        decoded = dequantize_expert(packed.format, packed.tensors, expert).reshape(-1, 4)
+        torch.testing.assert_close((decoded - vectors).norm(dim=1).double(), best, rtol=1e-4, atol=1e-6)
+
+
+def test_int8_factors_are_close_to_float16_ones():
+    shares = {}
+    for dtype in ("float16", "int8"):
+        recipe = make_recipe("default", 2, factor_dtype=dtype, rank_divisor=16)
+        shares[dtype] = output_error(recipe)
+    assert shares["int8"] < 1.1 * shares["float16"]
+
+
+def test_same_seed_same_bytes():
+    recipe = make_recipe("default", 2)
+    first, second = quantized(recipe)[2], quantized(recipe)[2]
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+
+
+def test_report_matches_its_definition():
+    recipe = make_recipe("paper", 2, prior_tokens=0.0)
+    weights, moments, _ = problem()
+    packed = quantize_projection(weights, moments, moments, recipe, seed=5)
+    report = report_projection(weights, packed, moments, prior_tokens=0.0)
+    error = energy = 0.0
+    for expert, weight in enumerate(weights.double()):
+        moment = moments.outer_sum[expert].double() / moments.tokens[expert]
+        difference = weight - dequantize_expert(packed.format, packed.tensors, expert).double()
+        error += torch.trace(difference @ moment @ difference.T)
+        energy += torch.trace(weight @ moment @ weight.T)
+    assert report.relative_error == pytest.approx((error / energy).item(), rel=1e-4)
+    assert report.code_bits == 2.0
+    assert report.bits_above_limit > 0
+
+
+def test_an_expert_without_tokens_is_corrected_with_the_pooled_moments():
+    weights, moments, _ = problem()
+    moments.outer_sum[1] = 0
+    moments.input_sum[1] = 0
+    moments.tokens[1] = 0
+    packed = quantize_projection(weights, moments, moments, make_recipe("paper", 2), seed=5)
+    assert all(torch.isfinite(t).all() for t in packed.tensors.values() if t.is_floating_point())
+
+
+def test_all_zero_weights_stay_zero():
+    _, moments, _ = problem()
+    for name in RECIPE_NAMES:
+        packed = quantize_projection(torch.zeros(EXPERTS, OUT, IN), moments, moments, make_recipe(name, 2), seed=0)
+        assert not any(dequantize_expert(packed.format, packed.tensors, e).any() for e in range(EXPERTS))
+
+
+def test_shapes_and_values_that_cannot_be_stored_are_refused():
+    with pytest.raises(ConfigError, match="vectors for one codebook of 4096"):
+        make_recipe("paper", 3).projection_format(EXPERTS, OUT, IN)
+    with pytest.raises(ConfigError, match="not a multiple of vector_dim"):
+        make_recipe("paper", 2).projection_format(EXPERTS, 512, 30)
+    with pytest.raises(ConfigError, match="--bits 5"):
+        make_recipe("paper", 5)
+    with pytest.raises(ConfigError, match="unknown recipe"):
+        make_recipe("papr", 2)
+    weights, moments, _ = problem()
+    with pytest.raises(NumericalError, match="range of float16"):
+        quantize_projection(weights * 1e7, moments, moments, make_recipe("paper", 2), seed=0)
+
+
+def test_recipes_are_data():
+    recipe = make_recipe("paper", 2, klt=False)
+    assert dataclasses.replace(recipe, klt=True) == make_recipe("paper", 2)
+    assert recipe.to_dict()["klt"] is False
