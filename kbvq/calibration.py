@@ -28,10 +28,16 @@ class ObservedBank(nn.Module):
         self.biases: dict[str, Tensor | None] = dict.fromkeys(PROJECTIONS)
         self.activation = activation
         self.num_experts = len(self.weights["down_proj"])
+        self.dtype = self.weights["down_proj"].dtype
         self.moments: dict[str, InputMoments] = {}
+        self.by_routing = False
 
-    def watch_(self, *projections: str) -> None:
-        """Start new moments for the inputs of these projections; those of the others are not gathered."""
+    def watch_(self, *projections: str, by_routing: bool = False) -> None:
+        """Start new moments for the inputs of these projections; those of the others are not gathered.
+
+        by_routing: weight each token by its squared routing weight (`InputMoments.mass`).
+        """
+        self.by_routing = by_routing
         self.moments = {
             name: InputMoments.zeros(self.num_experts, self.weights[name].shape[-1], self.weights[name].device)
             for name in projections
@@ -39,10 +45,13 @@ class ObservedBank(nn.Module):
 
     def use_(self, projection: str, packed: PackedProjection) -> None:
         """Compute with the quantized projection from now on."""
-        like = self.weights[projection]
-        experts = [dequantize_expert(packed.format, packed.tensors, e, like.dtype) for e in range(self.num_experts)]
-        self.weights[projection] = torch.stack(experts)
-        self.biases[projection] = packed.tensors["bias"].to(like.dtype) if packed.format.has_bias else None
+        experts = [dequantize_expert(packed.format, packed.tensors, e) for e in range(self.num_experts)]
+        self.set_(projection, torch.stack(experts), packed.tensors["bias"] if packed.format.has_bias else None)
+
+    def set_(self, projection: str, weights: Tensor, bias: Tensor | None) -> None:
+        """Compute with these weights and biases of all experts from now on, in the dtype of the original ones."""
+        self.weights[projection] = weights.to(self.dtype)
+        self.biases[projection] = None if bias is None else bias.to(self.dtype)
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -71,26 +80,32 @@ class ObservedBank(nn.Module):
     def _observe(self, expert: int, gate_up_inputs: Tensor, down_inputs: Tensor, routing_weights: Tensor) -> None:
         for name, inputs in zip(PROJECTIONS, (gate_up_inputs, down_inputs), strict=True):
             if name in self.moments:
-                self.moments[name].add_(expert, inputs, routing_weights)
+                self.moments[name].add_(expert, inputs, routing_weights, by_routing=self.by_routing)
 
 
-@torch.no_grad()
-def run_layer(
-    layer: nn.Module,
-    hidden_states: Tensor,
-    layer_kwargs: Callable[[int], dict],
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> Tensor:
-    """Output of a decoder layer for all windows, a batch at a time.
+class LayerRunner:
+    """A decoder layer as a function of the activations of all windows.
 
-    hidden_states: [windows, tokens, hidden_size] on the CPU.
-    layer_kwargs: batch rows -> keyword arguments of the layer.
-    Returns the same shape and dtype, on the CPU.
+    layer_kwargs: rows of a batch -> keyword arguments of the layer for a batch of so many windows.
     """
-    outputs = torch.empty_like(hidden_states)
-    for start in range(0, len(hidden_states), batch_size):
-        batch = hidden_states[start : start + batch_size].to(device)
-        outputs[start : start + batch_size] = layer(batch, **layer_kwargs(len(batch))).cpu()
-    return outputs
+
+    def __init__(
+        self, layer: nn.Module, layer_kwargs: Callable[[int], dict], *, batch_size: int, device: torch.device
+    ) -> None:
+        self.layer = layer
+        self.layer_kwargs = layer_kwargs
+        self.batch_size = batch_size
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """[windows, tokens, hidden_size] on the CPU -> the layer's output, the same shape and dtype, on the CPU."""
+        outputs = torch.empty_like(hidden_states)
+        for start in range(0, len(hidden_states), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            outputs[part] = self.batch(hidden_states[part]).cpu()
+        return outputs
+
+    def batch(self, hidden_states: Tensor) -> Tensor:
+        """Output for a batch of at most `batch_size` windows, on `device`; differentiable."""
+        return self.layer(hidden_states.to(self.device), **self.layer_kwargs(len(hidden_states)))

@@ -67,8 +67,8 @@ class KbvqQuantizer(HfQuantizer):
     requires_calibration = True  # transformers then refuses to quantize on the fly
     is_trainable = False
 
-    # The forward loops over the experts that have tokens, so their counts must come back from the device. That is a
-    # data-dependent size: torch.compile refuses it with fullgraph=True, and breaks the graph in every layer without.
+    # The kernels are one custom op, and torch.compile(model, fullgraph=True) works once the model has run eagerly. This
+    # flag would make generate compile unasked; it stays off until that has been measured on a GPU.
     is_compileable = False
 
     def is_serializable(self, *args: object, **kwargs: object) -> bool:
@@ -136,7 +136,7 @@ def _replace_bank_(model: PreTrainedModel, bank: BankFormat) -> None:
                 f"{[format.num_experts, format.out_features, format.in_features]}; fetch the checkpoint again"
             )
     with torch.device("meta"):
-        model.set_submodule(bank.path, packed_module(bank, module.act_fn))
+        model.set_submodule(bank.path, packed_module(bank, module.act_fn, model.config.hidden_act))
 
 
 def _weight_shapes(module: Any, kind: str) -> dict[str, tuple[int, ...]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kbvq.calibration import ObservedBank
+from kbvq.block_tuning import tune_banks
+from kbvq.calibration import LayerRunner, ObservedBank
 from kbvq.errors import NumericalError
 from kbvq.moe_adapters import ExpertBank, bank_activation, bank_weights
 from kbvq.projection import quantize_projection, report_projection
@@ -33,7 +33,7 @@ def quantize_layer(
     banks: list[ExpertBank],
     recipe: Recipe,
     *,
-    run: Callable[[Tensor], Tensor],
+    run: LayerRunner,
     teacher: Tensor,
     student: Tensor,
     seed: int,
@@ -45,29 +45,80 @@ def quantize_layer(
     are still the same. down is quantized after gate and up, for the inputs that their quantized versions make.
     """
     observed = {bank: _observe(layer, bank.path.removeprefix(f"{layer_path}."), bank) for bank in banks}
-    same_inputs = student is teacher
-    teacher, teacher_moments = _run_and_watch(run, teacher, observed, PROJECTIONS)
+    same_inputs, inputs = student is teacher, student
+    teacher, teacher_moments = _run_and_watch(run, teacher, observed, PROJECTIONS, recipe)
+    if not banks:
+        return LayerResult([], teacher, teacher if same_inputs else run(inputs), [])
     packed: dict[ExpertBank, dict[str, PackedProjection]] = {bank: {} for bank in banks}
-    reports: dict[ExpertBank, dict[str, object]] = {bank: {"path": bank.path} for bank in banks}
-    inputs = student
-    for order, projection in enumerate(PROJECTIONS if banks else ()):
+    seen: dict[ExpertBank, dict[str, InputMoments]] = {bank: {} for bank in banks}
+    original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
+    for order, projection in enumerate(PROJECTIONS):
         moments = teacher_moments
         if order > 0 or not same_inputs:
-            _, moments = _run_and_watch(run, inputs, observed, (projection,))
+            _, moments = _run_and_watch(run, inputs, observed, (projection,), recipe)
         for place, (bank, module) in enumerate(observed.items()):
-            weights, seen = module.weights[projection], moments[bank][projection]
-            wanted = teacher_moments[bank][projection]
+            seen[bank][projection] = moments[bank][projection]
             try:
-                made = quantize_projection(weights, wanted, seen, recipe, seed=_seed(seed, bank, place, order))
+                packed[bank][projection] = quantize_projection(
+                    original[bank][projection],
+                    teacher_moments[bank][projection],
+                    seen[bank][projection],
+                    recipe,
+                    seed=_seed(seed, bank, place, order),
+                )
             except NumericalError as error:
                 raise NumericalError(f"{bank.path}.{projection}: {error}") from error
-            report = report_projection(weights, made, seen, prior_tokens=recipe.prior_tokens)
-            reports[bank] |= {"tokens": seen.tokens.tolist(), projection: dataclasses.asdict(report)}
-            module.use_(projection, made)
-            packed[bank][projection] = made.to("cpu")
-    student = teacher if same_inputs and not banks else _run_and_watch(run, inputs, observed, ())[0]
-    made_banks = [PackedBank(bank.path, bank.kind, **packed[bank]) for bank in banks]
-    return LayerResult(made_banks, teacher, student, list(reports.values()))
+            module.use_(projection, packed[bank][projection])
+    if recipe.tuning_steps:
+        packed = _tune(observed, packed, seen, run, inputs, teacher, recipe, seed=_seed(seed, banks[0], 0, 0))
+    student, _ = _run_and_watch(run, inputs, observed, (), recipe)
+    reports = [_report(bank, original[bank], packed[bank], seen[bank], recipe) for bank in banks]
+    on_cpu = {bank: {name: p.to("cpu") for name, p in projections.items()} for bank, projections in packed.items()}
+    return LayerResult([PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks], teacher, student, reports)
+
+
+def _tune(
+    observed: dict[ExpertBank, ObservedBank],
+    packed: dict[ExpertBank, dict[str, PackedProjection]],
+    moments: dict[ExpertBank, dict[str, InputMoments]],
+    run: LayerRunner,
+    inputs: Tensor,
+    targets: Tensor,
+    recipe: Recipe,
+    *,
+    seed: int,
+) -> dict[ExpertBank, dict[str, PackedProjection]]:
+    for module in observed.values():
+        module.watch_()
+    tuned = tune_banks(
+        {module: packed[bank] for bank, module in observed.items()},
+        {module: moments[bank] for bank, module in observed.items()},
+        run,
+        inputs,
+        targets,
+        steps=recipe.tuning_steps,
+        learning_rate=recipe.tuning_rate,
+        seed=seed,
+    )
+    return {bank: tuned[module] for bank, module in observed.items()}
+
+
+def _report(
+    bank: ExpertBank,
+    weights: dict[str, Tensor],
+    packed: dict[str, PackedProjection],
+    moments: dict[str, InputMoments],
+    recipe: Recipe,
+) -> dict[str, object]:
+    reports = {
+        projection: dataclasses.asdict(
+            report_projection(
+                weights[projection], packed[projection], moments[projection], prior_tokens=recipe.prior_tokens
+            )
+        )
+        for projection in PROJECTIONS
+    }
+    return {"path": bank.path, "tokens": moments["gate_up_proj"].tokens.tolist(), **reports}
 
 
 def _observe(layer: nn.Module, path: str, bank: ExpertBank) -> ObservedBank:
@@ -79,14 +130,15 @@ def _observe(layer: nn.Module, path: str, bank: ExpertBank) -> ObservedBank:
 
 
 def _run_and_watch(
-    run: Callable[[Tensor], Tensor],
+    run: LayerRunner,
     hidden_states: Tensor,
     observed: dict[ExpertBank, ObservedBank],
     projections: tuple[str, ...],
+    recipe: Recipe,
 ) -> tuple[Tensor, dict[ExpertBank, dict[str, InputMoments]]]:
     """The layer's outputs, and the moments of the inputs of these projections by bank."""
     for module in observed.values():
-        module.watch_(*projections)
+        module.watch_(*projections, by_routing=recipe.routing_weighted)
     outputs = run(hidden_states)
     return outputs, {bank: module.moments for bank, module in observed.items()}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import kbvq_kernels
 import torch
+from kbvq_kernels import PreparedProjection
 from torch import Tensor, nn
 
 from kbvq.errors import CheckpointError
@@ -20,8 +22,12 @@ class PackedBankModule(nn.Module):
     trainable model, and a non-persistent buffer would hold garbage after a load through the meta device.
     """
 
-    def __init__(self, format: BankFormat, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, format: BankFormat, activation: Callable[[Tensor], Tensor], activation_name: str | None = None
+    ) -> None:
         super().__init__()
+        self.activation_name = activation_name
+        self._prepared: tuple[tuple, list[PreparedProjection]] | None = None
         self.format = format
         self.num_experts = format.gate_up_proj.num_experts
         self.act_fn = activation
@@ -55,8 +61,21 @@ class PackedBankModule(nn.Module):
             weights.append(tensors["bias"][expert].to(dtype) if format.has_bias else None)
         return tuple(weights)  # type: ignore[return-value]
 
-    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute the bank's output; the one place that chooses an implementation."""
+    def _run(self, hidden_states: Tensor, top_k_index: Tensor | None, top_k_weights: Tensor | None) -> Tensor:
+        """Compute the bank's output; the one place that chooses an implementation.
+
+        The kernels serve CPU and CUDA. Other devices, and inputs that need a gradient, take the path in plain torch.
+        Without indices every token goes to expert 0 with weight one.
+        """
+        needs_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
+        if self.activation_name is not None and hidden_states.device.type in ("cpu", "cuda") and not needs_gradient:
+            prepared = self._kernel_projections(hidden_states.dtype)
+            return kbvq_kernels.moe_forward(
+                hidden_states, top_k_index, top_k_weights, *prepared, activation=self.activation_name
+            )
+        if top_k_index is None or top_k_weights is None:
+            top_k_index = hidden_states.new_zeros(len(hidden_states), 1, dtype=torch.long)
+            top_k_weights = hidden_states.new_ones(len(hidden_states), 1)
         return run_experts(
             hidden_states,
             top_k_index,
@@ -65,6 +84,23 @@ class PackedBankModule(nn.Module):
             expert_weights=lambda expert: self.expert_weights(expert, hidden_states.dtype),
             activation=self.act_fn,
         )
+
+    def _kernel_projections(self, dtype: torch.dtype) -> list[PreparedProjection]:
+        """Both projections as the kernels read them; made at the first call, and again when a buffer has changed."""
+        if torch.compiler.is_compiling() and self._prepared is not None:
+            return self._prepared[1]
+        tensors = [self.projection_tensors(projection) for projection in PROJECTIONS]
+        buffers = [tensor for of_projection in tensors for tensor in of_projection.values()]
+        state = (dtype, *((t.device, t.dtype, t.data_ptr(), 0 if t.is_inference() else t._version) for t in buffers))
+        if self._prepared is None or self._prepared[0] != state:
+            made = [
+                kbvq_kernels.prepare(named, **self.projection_format(projection).to_dict(), dtype=dtype)
+                for projection, named in zip(PROJECTIONS, tensors, strict=True)
+            ]
+            if hasattr(self, "_hf_hook"):  # accelerate may take the buffers away again: keep no reference to them
+                return made
+            self._prepared = (state, made)
+        return self._prepared[1]
 
     def extra_repr(self) -> str:
         formats = {projection: self.projection_format(projection) for projection in PROJECTIONS}
@@ -88,11 +124,14 @@ class PackedMLP(PackedBankModule):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H] in the same dtype."""
         tokens = hidden_states.flatten(0, -2)
-        index = tokens.new_zeros(len(tokens), 1, dtype=torch.long)
-        weights = tokens.new_ones(len(tokens), 1)
-        return self._run(tokens, index, weights).view(hidden_states.shape)
+        return self._run(tokens, None, None).view(hidden_states.shape)
 
 
-def packed_module(format: BankFormat, activation: Callable[[Tensor], Tensor]) -> PackedBankModule:
-    """The module that serves a bank of this kind, with zeroed buffers on the default device."""
-    return {"routed": PackedExperts, "shared": PackedMLP}[format.kind](format, activation)
+def packed_module(
+    format: BankFormat, activation: Callable[[Tensor], Tensor], activation_name: str | None = None
+) -> PackedBankModule:
+    """The module that serves a bank of this kind, with zeroed buffers on the default device.
+
+    activation_name: that of `activation` in a transformers config, for the kernels; None keeps to plain torch.
+    """
+    return {"routed": PackedExperts, "shared": PackedMLP}[format.kind](format, activation, activation_name)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import kbvq_kernels
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from kbvq.calibration import run_layer
+from kbvq.block_tuning import windows_per_step
+from kbvq.calibration import LayerRunner
 from kbvq.calibration_text import calibration_windows, load_texts
 from kbvq.checkpoint import FORMAT_VERSION, PackedCheckpointWriter, check_disk_space
 from kbvq.errors import ConfigError
@@ -73,7 +74,7 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
     device = _device(options.device)
     folder = resolve_model_folder(options.model)
     stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
-    formats = [planned_bank(bank, options.recipe) for bank in stream.banks]
+    formats = [planned_bank(bank, options.recipe, stream.config.hidden_act) for bank in stream.banks]
     writer = PackedCheckpointWriter(options.output, overwrite=options.overwrite)
     check_disk_space(options.output.parent, _output_bytes(stream, formats))
     token_ids = _calibration_windows(options, stream, folder)
@@ -92,7 +93,7 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
                 f"{stream.layers_path}.{index}",
                 [bank for bank in stream.banks if bank.decoder_layer == index],
                 options.recipe,
-                run=windows.run(layer, index),
+                run=windows.runner(layer, index),
                 teacher=teacher,
                 student=student,
                 seed=options.seed,
@@ -142,14 +143,18 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
     return record
 
 
-def planned_bank(bank: ExpertBank, recipe: Recipe) -> BankFormat:
-    """How a bank will be stored under a recipe. Raises ConfigError, naming the bank, when it cannot be."""
+def planned_bank(bank: ExpertBank, recipe: Recipe, activation: str) -> BankFormat:
+    """How a bank will be stored under a recipe. Raises ConfigError, naming the bank, when it cannot be stored, or when
+    no kernel would serve it. activation: its name in the model's config."""
 
     def projection(out_features: int, in_features: int) -> ProjectionFormat:
         try:
-            return recipe.projection_format(bank.num_experts, out_features, in_features)
+            format = recipe.projection_format(bank.num_experts, out_features, in_features)
         except ConfigError as error:
             raise ConfigError(f"{bank.path}: {error}") from error
+        if reason := kbvq_kernels.supports(**format.to_dict(), activation=activation):
+            raise ConfigError(f"{bank.path}: the kernels cannot serve it: {reason}")
+        return format
 
     return BankFormat(
         bank.path,
@@ -166,17 +171,19 @@ class _Windows:
         self.stream = stream
         self.batch_size = max(1, TOKENS_PER_BATCH // token_ids.shape[1])
         self.layer_kwargs: dict[int, list[dict]] = {}  # by rows of the batch: the last one may have fewer
+        # Tuning takes fewer windows at a time; like the last batch, those need arguments of their own.
+        tuned = token_ids[: windows_per_step(token_ids.shape[1], len(token_ids))]
+        self.layer_kwargs[len(tuned)] = stream.layer_inputs(tuned)[1]
         batches = []
         for batch in token_ids.split(self.batch_size):
             hidden_states, self.layer_kwargs[len(batch)] = stream.layer_inputs(batch)
             batches.append(hidden_states.cpu())
         self.embedded = torch.cat(batches)
 
-    def run(self, layer: nn.Module, index: int) -> Callable[[Tensor], Tensor]:
+    def runner(self, layer: nn.Module, index: int) -> LayerRunner:
         """Decoder layer `index` as a function of the activations of all windows."""
-        return lambda hidden_states: run_layer(
+        return LayerRunner(
             layer,
-            hidden_states,
             lambda rows: self.layer_kwargs[rows][index],
             batch_size=self.batch_size,
             device=self.stream.device,

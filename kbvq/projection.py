@@ -61,7 +61,7 @@ def quantize_projection(
         tensors |= _store_factors(basis, coefficients / scale[..., None], format.factor_dtype)
         _check_finite(tensors)
         residual = weights - scale[..., None] * _stored_low_rank(tensors)
-    codes, codebooks = vector_quantize(residual / scale[..., None], recipe, scale=scale, seed=seed)
+    codes, codebooks = vector_quantize(residual, recipe, scale=scale, moments=student, seed=seed)
     tensors |= {"codes": pack_codes(codes, format.codebook_size), "codebook": codebooks.unsqueeze(1)}
     if format.has_scale:
         tensors["scale"] = scale.half()

@@ -25,6 +25,11 @@ class Recipe:
     rank_divisor: rank of the shared basis = in_features / rank_divisor, at least 1 (paper: 128).
     factor_dtype: storage of basis and coefficients, "float16" or "int8".
     bcos: scale and bias per output channel that restore the teacher's output statistics.
+    error_feedback: code the channels in turn, each for the errors made before it, under the second moments of each
+        expert's inputs (error_feedback), with the codebooks refitted `refits` times to the weighted error.
+    damping: added to the diagonal of a second moment there, as a fraction of its mean.
+    routing_weighted: a token counts in the moments by its squared routing weight.
+    tuning_steps: steps of Adam on each layer's output (block_tuning), 0 for none; tuning_rate: their learning rate.
     kmeans_iterations: Lloyd iterations per codebook (paper: 100).
     max_vectors_per_codeword: k-means trains on a random subset of that many vectors per codeword; None for all.
     prior_tokens: virtual tokens by which an expert's moments are shrunk toward the pooled ones.
@@ -41,6 +46,12 @@ class Recipe:
     rank_divisor: int = 128
     factor_dtype: str = "float16"
     bcos: bool = True
+    error_feedback: bool = False
+    refits: int = 2
+    damping: float = 0.01
+    routing_weighted: bool = False
+    tuning_steps: int = 0
+    tuning_rate: float = 5e-3
     kmeans_iterations: int = 100
     max_vectors_per_codeword: int | None = None
     prior_tokens: float = 32.0
@@ -99,9 +110,23 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+_DEFAULT: dict[str, object] = {
+    "codebook_scope": "bank",
+    "row_scale": True,
+    "idre": False,
+    "factor_dtype": "int8",
+    "error_feedback": True,
+    "refits": 3,
+    "routing_weighted": True,
+    "kmeans_iterations": 20,
+    "max_vectors_per_codeword": 64,
+    "prior_tokens": 256.0,
+}
+
 _RECIPES: dict[str, dict[str, object]] = {
     "paper": {},
-    "default": {"codebook_scope": "bank", "row_scale": True, "factor_dtype": "int8", "max_vectors_per_codeword": 256},
+    "default": _DEFAULT,
+    "best": _DEFAULT | {"tuning_steps": 100},
 }
 
 RECIPE_NAMES = tuple(_RECIPES)
@@ -110,7 +135,8 @@ RECIPE_NAMES = tuple(_RECIPES)
 def make_recipe(name: str, bits: int, **changes: object) -> Recipe:
     """The recipe of that name at `bits`, with single fields replaced by `changes`.
 
-    "paper": KBVQ-MoE as published. "default": one codebook per bank and projection, row scales, int8 factors.
+    "paper": KBVQ-MoE as published. "default": one codebook per bank and projection, row scales, second-order error
+    feedback, output correction. "best": that, and tuning on each layer's output.
     Raises ConfigError on an unknown name or an unsupported value.
     """
     if name not in _RECIPES:

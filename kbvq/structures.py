@@ -237,6 +237,8 @@ class InputMoments:
     input_sum: [num_experts, in_features] float32, sum of x.
     tokens: [num_experts] int64, routed tokens.
     weight_sum: [num_experts] float32, sum of the routing weights of those tokens.
+    mass: [num_experts] float32, sum of the weights that the tokens have in the sums above: their number, or the sum of
+        their squared routing weights, by which an error of this expert enters the layer's squared output error.
 
     Each batch is reduced in float32 and the partial sums are added: n additions of like terms cost a
     relative error of about n·2⁻²⁴ at worst, 1e-4 for 2000 batches, far below the sampling error
@@ -247,6 +249,7 @@ class InputMoments:
     input_sum: Tensor
     tokens: Tensor
     weight_sum: Tensor
+    mass: Tensor
 
     @classmethod
     def zeros(cls, num_experts: int, in_features: int, device: torch.device | str = "cpu") -> InputMoments:
@@ -254,6 +257,7 @@ class InputMoments:
             torch.zeros(num_experts, in_features, in_features, device=device),
             torch.zeros(num_experts, in_features, device=device),
             torch.zeros(num_experts, dtype=torch.int64, device=device),
+            torch.zeros(num_experts, device=device),
             torch.zeros(num_experts, device=device),
         )
 
@@ -263,31 +267,42 @@ class InputMoments:
             self.input_sum + other.input_sum,
             self.tokens + other.tokens,
             self.weight_sum + other.weight_sum,
+            self.mass + other.mass,
         )
 
-    def add_(self, expert: int, inputs: Tensor, routing_weights: Tensor | None = None) -> None:
-        """Accumulate, in place, `inputs` [tokens, in_features] of one expert (any float dtype)."""
-        inputs = inputs.float()
-        self.outer_sum[expert].addmm_(inputs.T, inputs)
-        self.input_sum[expert] += inputs.sum(0)
+    def add_(self, expert: int, inputs: Tensor, routing_weights: Tensor, *, by_routing: bool = False) -> None:
+        """Accumulate, in place, `inputs` [tokens, in_features] of one expert (any float dtype).
+
+        routing_weights: [tokens]. by_routing: weight each token by its squared routing weight instead of by one.
+        """
+        inputs, routing_weights = inputs.float(), routing_weights.float()
+        weights = routing_weights.square() if by_routing else torch.ones_like(routing_weights)
+        weighted = inputs * weights[:, None]
+        self.outer_sum[expert].addmm_(weighted.T, inputs)
+        self.input_sum[expert] += weighted.sum(0)
         self.tokens[expert] += len(inputs)
-        self.weight_sum[expert] += len(inputs) if routing_weights is None else routing_weights.float().sum()
+        self.weight_sum[expert] += routing_weights.sum()
+        self.mass[expert] += weights.sum()
 
     def pooled_second_moment(self) -> Tensor:
         """E[x xᵀ] over the tokens of all experts, [in_features, in_features] float32."""
-        return self.outer_sum.sum(0) / self.tokens.sum().clamp_min(1)
+        return self.outer_sum.sum(0) / self.mass.sum().clamp_min(_LEAST_MASS)
 
     def pooled_mean(self) -> Tensor:
         """E[x] over the tokens of all experts, [in_features] float32."""
-        return self.input_sum.sum(0) / self.tokens.sum().clamp_min(1)
+        return self.input_sum.sum(0) / self.mass.sum().clamp_min(_LEAST_MASS)
 
     def expert_moments(self, expert: int, prior_tokens: float) -> tuple[Tensor, Tensor]:
         """(E[x xᵀ], E[x]) of one expert, shrunk toward the pooled ones by `prior_tokens` virtual tokens.
 
-        (n_e M_e + n_0 M_pool) / (n_e + n_0): an expert without tokens gets the pooled moments.
+        (n_e M_e + n_0 M_pool) / (n_e + n_0), in units of mass: an expert without tokens gets the pooled moments.
         """
-        total = self.tokens[expert] + prior_tokens
+        prior = prior_tokens * self.mass.sum() / self.tokens.sum().clamp_min(1)
+        total = (self.mass[expert] + prior).clamp_min(_LEAST_MASS)
         return (
-            (self.outer_sum[expert] + prior_tokens * self.pooled_second_moment()) / total,
-            (self.input_sum[expert] + prior_tokens * self.pooled_mean()) / total,
+            (self.outer_sum[expert] + prior * self.pooled_second_moment()) / total,
+            (self.input_sum[expert] + prior * self.pooled_mean()) / total,
         )
+
+
+_LEAST_MASS = 1e-12

@@ -52,7 +52,7 @@ def random_banks(arch, model):
 
 def put_banks_(model, banks):
     for bank in banks:
-        module = packed_module(bank.format, model.get_submodule(bank.path).act_fn)
+        module = packed_module(bank.format, model.get_submodule(bank.path).act_fn, model.config.hidden_act)
         module.load_bank_(bank)
         model.set_submodule(bank.path, module)
 

@@ -22,7 +22,7 @@ def problem(seed=0, shift=0.5):
     moments, tokens = InputMoments.zeros(EXPERTS, IN), []
     for expert, count in enumerate((300, 500, 900)):
         inputs = torch.randn(count, IN, generator=generator) * torch.linspace(2, 0.1, IN) + shift
-        moments.add_(expert, inputs)
+        moments.add_(expert, inputs, torch.ones(count))
         tokens.append(inputs)
     return weights, moments, tokens
 
@@ -128,6 +128,7 @@ def test_an_expert_without_tokens_is_corrected_with_the_pooled_moments():
     moments.outer_sum[1] = 0
     moments.input_sum[1] = 0
     moments.tokens[1] = 0
+    moments.mass[1] = 0
     packed = quantize_projection(weights, moments, moments, make_recipe("paper", 2), seed=5)
     assert all(torch.isfinite(t).all() for t in packed.tensors.values() if t.is_floating_point())
 

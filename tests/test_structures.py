@@ -29,15 +29,28 @@ def test_streamed_and_merged_moments_equal_one_batch():
 def test_few_tokens_are_shrunk_toward_the_pool():
     generator = torch.Generator().manual_seed(0)
     rare, common = torch.randn(2, 5, generator=generator), torch.randn(98, 5, generator=generator)
-    moments = moments_of([(0, rare, None), (1, common, None)])
+    moments = moments_of([(0, rare, torch.ones(2)), (1, common, torch.ones(98))])
     pooled = torch.cat([rare, common])
     second_moment, mean = moments.expert_moments(0, prior_tokens=6.0)
     torch.testing.assert_close(second_moment, (rare.T @ rare + 6 * pooled.T @ pooled / 100) / 8)
     torch.testing.assert_close(mean, (rare.sum(0) + 6 * pooled.mean(0)) / 8)
 
 
+def test_tokens_can_count_by_their_squared_routing_weight():
+    generator = torch.Generator().manual_seed(0)
+    inputs, routing = torch.randn(50, 5, generator=generator), torch.rand(50, generator=generator)
+    moments = InputMoments.zeros(2, 5)
+    moments.add_(0, inputs, routing, by_routing=True)
+    second_moment, mean = moments.expert_moments(0, prior_tokens=0.0)
+    weights = routing.double().square()
+    expected = torch.einsum("t,ti,tj->ij", weights, inputs.double(), inputs.double()) / weights.sum()
+    torch.testing.assert_close(second_moment.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mean.double(), (weights @ inputs.double()) / weights.sum(), rtol=1e-5, atol=1e-6)
+    assert moments.tokens.tolist() == [50, 0]
+
+
 def test_an_expert_without_tokens_has_the_pooled_moments():
-    moments = moments_of([(0, torch.ones(4, 5), None)])
+    moments = moments_of([(0, torch.ones(4, 5), torch.ones(4))])
     torch.testing.assert_close(moments.expert_moments(1, 1.0)[0], moments.pooled_second_moment())
 
 

@@ -1,0 +1,172 @@
+"""The results table of the README: recipes and the parts of the paper on the bundled model, at true bits.
+
+    python eval/fixture_table.py --bits 2 3 --seeds 0 1 2
+
+Quantizes the model of tests/models with each row's recipe, loads the checkpoint with transformers and scores it
+against the original on all windows of tests/data/test.txt: mean KL(original ‖ quantized) per token, paired ΔNLL with
+its standard error over windows, top-1 agreement. The seed draws the calibration windows and starts the codebooks. Rows
+that the JSON file already has are kept, so that an interrupted run goes on; `--fresh` measures all again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kbvq
+from kbvq.pipeline import QuantizeOptions, quantize_model
+from kbvq.recipes import make_recipe
+from kbvq_eval.divergence import BaselineCache, score_windows
+from kbvq_eval.windows import text_windows
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "tests" / "models" / "tiny-qwen3-moe"
+DATA = ROOT / "tests" / "data"
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a recipe, and what is changed in it."""
+
+    label: str
+    recipe: str
+    changes: dict[str, object]
+
+
+# At 3 bits an expert's own codebook of 4096 codewords would cost this small model 2.7 bits per weight, and k-means on
+# all vectors hours; there the rows of the paper share one codebook per layer and projection, trained on a subset.
+_THREE_BITS = {"codebook_scope": "bank", "max_vectors_per_codeword": 32, "kmeans_iterations": 20}
+
+PAPER = (
+    Row("plain VQ", "paper", {"idre": False, "bcos": False}),
+    Row("+ IDRE", "paper", {"bcos": False}),
+    Row("+ BCOS", "paper", {"idre": False}),
+    Row("paper: IDRE + BCOS", "paper", {}),
+    Row("paper with plain SVD (no KLT)", "paper", {"klt": False}),
+)
+OURS = (Row("default", "default", {}), Row("best", "best", {}))
+
+
+def rows(bits: int) -> list[Row]:
+    extra = _THREE_BITS if bits == 3 else {}
+    return [Row(row.label, row.recipe, row.changes | extra) for row in PAPER] + list(OURS)
+
+
+def measure(row: Row, bits: int, seed: int, text: str, baseline: BaselineCache) -> dict[str, object]:
+    """Quantize, load, score one row."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        record = quantize_model(
+            QuantizeOptions(
+                model=str(MODEL),
+                output=Path(folder) / "packed",
+                calibration=str(DATA / "calibration.txt"),
+                recipe=make_recipe(row.recipe, bits, **row.changes),
+                sequence_length=WINDOW,
+                seed=seed,
+                device="cpu",
+            ),
+            kbvq_version=kbvq.__version__,
+        )
+        seconds = time.perf_counter() - started
+        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "packed", dtype=torch.float32)
+        scores = score_windows(model, baseline.tokens, baseline=baseline).summary()
+    above = [
+        report[projection]["bits_above_limit"]
+        for layer in record["layers"]
+        for report in layer["banks"]
+        for projection in ("gate_up_proj", "down_proj")
+    ]
+    return {
+        "bits": bits,
+        "label": row.label,
+        "seed": seed,
+        "text": text,
+        "bits_per_weight": record["bits_per_weight"],
+        **{
+            name: scores[name]
+            for name in ("kl", "kl_stderr", "delta_nll", "delta_nll_stderr", "agreement", "perplexity")
+        },
+        "bits_above_limit_by_projection": above,
+        "seconds": seconds,
+    }
+
+
+def markdown(results: list[dict], versions: dict[str, str]) -> str:
+    """One line per row, mean over seeds."""
+    lines = [
+        "| | code bits | true bits | mean KL | ΔNLL ± s.e. | top-1 agreement | bits above limit | seeds | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for bits, label in dict.fromkeys((result["bits"], result["label"]) for result in results):
+        runs = [result for result in results if (result["bits"], result["label"]) == (bits, label)]
+        mean = {
+            name: statistics.mean(run[name] for run in runs) for name in runs[0] if isinstance(runs[0][name], float)
+        }
+        spread = f" ({min(r['kl'] for r in runs):.5f}–{max(r['kl'] for r in runs):.5f})" if len(runs) > 1 else ""
+        above = statistics.mean(value for run in runs for value in run["bits_above_limit_by_projection"])
+        lines.append(
+            f"| {label} | {bits} | {mean['bits_per_weight']:.3f} | {mean['kl']:.5f}{spread} | "
+            f"{mean['delta_nll']:+.4f} ± {mean['delta_nll_stderr']:.4f} | {100 * mean['agreement']:.2f} % | "
+            f"{above:.2f} | {len(runs)} | {mean['seconds']:.0f} |"
+        )
+    threads = torch.get_num_threads()
+    described = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        "\n".join(lines)
+        + f"\n\nMade by `python eval/fixture_table.py` ({described}; seconds on {threads} CPU threads).\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--text", default="test", choices=("test", "validation"), help="choices are made on validation")
+    parser.add_argument("--only", nargs="+", help="labels of the rows to measure")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "fixture.json")
+    parser.add_argument("--fresh", action="store_true", help="measure rows again that the file already has")
+    options = parser.parse_args()
+
+    versions = {"kbvq": kbvq.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions["python"] = platform.python_version()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    windows = text_windows((DATA / f"{options.text}.txt").read_text(encoding="utf-8"), tokenizer, WINDOW)
+    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    baseline = BaselineCache(original, windows.tokens, dtype=torch.float16)
+    results = []
+    if options.output.exists() and not options.fresh:
+        results = json.loads(options.output.read_text(encoding="utf-8"))["results"]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for bits in options.bits:
+            for row in rows(bits):
+                known = any(
+                    (r["bits"], r["label"], r["seed"], r["text"]) == (bits, row.label, seed, options.text)
+                    for r in results
+                )
+                if known or (options.only and row.label not in options.only):
+                    continue
+                results.append(measure(row, bits, seed, options.text, baseline))
+                order = {(b, r.label): place for b in options.bits for place, r in enumerate(rows(b))}
+                results.sort(key=lambda r: (r["bits"], order.get((r["bits"], r["label"]), len(order)), r["seed"]))
+                content = {"versions": versions, "protocol": windows.protocol(), "results": results}
+                options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                options.output.with_suffix(".md").write_text(markdown(results, versions), encoding="utf-8")
+                print(markdown(results[-1:], versions).splitlines()[2], flush=True)
+    print(markdown(results, versions))
+
+
+if __name__ == "__main__":
+    main()

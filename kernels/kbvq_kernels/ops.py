@@ -1,0 +1,120 @@
+"""The ops that models call: `kbvq::moe` and `kbvq::dequantize`, with CPU, CUDA and fake implementations.
+
+A projection reaches an op as its tensors, in the order of `PreparedProjection.tensors`, and the two integers
+that these do not determine. Triton is imported by the first call on CUDA, not before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kbvq_kernels import cpu
+from kbvq_kernels.prepared import PreparedProjection
+from kbvq_kernels.reference import ACTIVATIONS
+
+
+@torch.library.custom_op("kbvq::moe", mutates_args=(), device_types="cpu")
+def _moe(
+    hidden_states: Tensor,
+    top_k_index: Tensor | None,
+    top_k_weights: Tensor | None,
+    gate_up: list[Tensor | None],
+    gate_up_in: int,
+    gate_up_plane: int,
+    down: list[Tensor | None],
+    down_in: int,
+    down_plane: int,
+    activation: str,
+) -> Tensor:
+    return cpu.moe_forward(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        PreparedProjection.from_tensors(gate_up, gate_up_in, gate_up_plane),
+        PreparedProjection.from_tensors(down, down_in, down_plane),
+        activation,
+    )
+
+
+@_moe.register_kernel("cuda")
+def _(
+    hidden_states, top_k_index, top_k_weights, gate_up, gate_up_in, gate_up_plane, down, down_in, down_plane, activation
+):
+    from kbvq_kernels import launch
+
+    with torch.cuda.device(hidden_states.device):
+        return launch.moe_forward(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            PreparedProjection.from_tensors(gate_up, gate_up_in, gate_up_plane),
+            PreparedProjection.from_tensors(down, down_in, down_plane),
+            activation,
+        )
+
+
+@_moe.register_fake
+def _(
+    hidden_states, top_k_index, top_k_weights, gate_up, gate_up_in, gate_up_plane, down, down_in, down_plane, activation
+):
+    return hidden_states.new_empty(hidden_states.shape[0], down[0].shape[1])
+
+
+@torch.library.custom_op("kbvq::dequantize", mutates_args=(), device_types="cpu")
+def _dequantize(tensors: list[Tensor | None], in_features: int, plane: int, dtype: torch.dtype) -> Tensor:
+    return cpu.dequantize(PreparedProjection.from_tensors(tensors, in_features, plane), dtype)
+
+
+@_dequantize.register_kernel("cuda")
+def _(tensors, in_features, plane, dtype):
+    from kbvq_kernels import launch
+
+    p = PreparedProjection.from_tensors(tensors, in_features, plane)
+    out = torch.empty(p.num_experts, p.out_features, p.in_features, dtype=dtype, device=p.codes.device)
+    with torch.cuda.device(out.device):
+        launch.dequantize(p, out)
+    return out
+
+
+@_dequantize.register_fake
+def _(tensors, in_features, plane, dtype):
+    return tensors[0].new_empty(tensors[0].shape[0], tensors[0].shape[1], in_features, dtype=dtype)
+
+
+def moe_forward(
+    hidden_states: Tensor,
+    top_k_index: Tensor | None,
+    top_k_weights: Tensor | None,
+    gate_up: PreparedProjection,
+    down: PreparedProjection,
+    activation: str = "silu",
+) -> Tensor:
+    """Mixture of experts on packed weights, [T, H] in the dtype of hidden_states; inference only.
+
+        y_t = sum_j w_tj (W_down,e (act(g) * u) + b_down,e),  [g; u] = W_gate_up,e x_t + b_gate_up,e,  e = index_tj
+
+    hidden_states: [T, H] float. top_k_index: [T, k] integers; those outside [0, num_experts) are skipped.
+    top_k_weights: [T, k] float. Both None: every token goes to expert 0 with weight 1 (a shared expert).
+    Products accumulate in float32. The result does not depend on the order in which programs run.
+    Raises ValueError for an activation that is not served.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no kernel serves activation {activation!r}; served: {', '.join(ACTIVATIONS)}")
+    return _moe(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        gate_up.tensors(),
+        gate_up.in_features,
+        gate_up.plane,
+        down.tensors(),
+        down.in_features,
+        down.plane,
+        activation,
+    )
+
+
+def dequantize(p: PreparedProjection, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stored weights [num_experts, out_features, in_features], without the bias."""
+    return _dequantize(p.tensors(), p.in_features, p.plane, dtype)

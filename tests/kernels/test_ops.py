@@ -1,0 +1,188 @@
+"""The ops on the CPU, compiled and portable, against float64; their registrations; what is served and refused."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from packed_case import random_projection, random_routing
+
+import kbvq_kernels
+from kbvq_kernels import cpu, ops, prepare, reference, supports
+
+FORMATS = {
+    "vq-d4": {"vector_dim": 4, "rank": 5},
+    "vq-d4-12bit": {"vector_dim": 4, "codebook_size": 4096, "has_bias": False},
+    "rq2-d8-12bit-int8": {
+        "vector_dim": 8, "codebook_size": 4096, "num_stages": 2, "per_expert": True, "rank": 3, "factor_dtype": "int8",
+    },
+    "rq3-d2": {"vector_dim": 2, "num_stages": 3, "has_scale": False},
+}  # fmt: skip
+
+
+@pytest.fixture(params=["compiled", "portable"])
+def decoder(request, monkeypatch, tmp_path_factory):
+    """Both ways to decode on the CPU; a test machine without a compiler would fail here, by name."""
+    if request.param == "portable":
+        monkeypatch.setattr(cpu, "library", lambda: None)
+    else:
+        monkeypatch.setenv("KBVQ_CACHE", str(tmp_path_factory.getbasetemp() / "kbvq_kernels"))
+        cpu.library.cache_clear()
+        assert cpu.library() is not None, "no C++ compiler"
+    yield request.param
+    if request.param == "compiled":
+        cpu.library.cache_clear()
+
+
+def moe_case(options, num_tokens, activation="silu", dtype=torch.float32):
+    """(arguments of moe_forward, expected float64 output) of a bank of 5 experts, top 3, with a sentinel index."""
+    gate_up = random_projection(5, 48, 56, **options, seed=1)
+    down = random_projection(5, 56, 24, **options, seed=2)
+    index, weights = random_routing(num_tokens, 3, 5)
+    index[-1, -1] = 5
+    x = torch.randn(num_tokens, 56, generator=torch.Generator().manual_seed(3)).to(dtype)
+    expected = reference.moe_forward(
+        x.double(),
+        index,
+        weights,
+        *(reference.dequantize(tensors, **fields) for tensors, fields in (gate_up, down)),
+        gate_up[0].get("bias"),
+        down[0].get("bias"),
+        activation,
+    )
+    prepared = (prepare(tensors, **fields, dtype=dtype) for tensors, fields in (gate_up, down))
+    return (x, index, weights, *prepared, activation), expected
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 17])  # 17: more tokens per expert than are multiplied while decoding
+@pytest.mark.parametrize("name", FORMATS)
+def test_moe_equals_reference(decoder, name, num_tokens):
+    arguments, expected = moe_case(FORMATS[name], num_tokens)
+    assert error(kbvq_kernels.moe_forward(*arguments), expected) < 1e-6  # float32 sums of at most 56 terms
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_every_activation(decoder, activation):
+    arguments, expected = moe_case({}, 2, activation)
+    assert error(kbvq_kernels.moe_forward(*arguments), expected) < 1e-6
+
+
+def test_bfloat16_hidden_states(decoder):
+    arguments, expected = moe_case(FORMATS["vq-d4"], 17, dtype=torch.bfloat16)
+    actual = kbvq_kernels.moe_forward(*arguments)
+    assert actual.dtype == torch.bfloat16
+    assert error(actual, expected) < 1.5e-2  # weights, h and y rounded to 2^-9
+
+
+def test_shared_expert_needs_no_routing(decoder):
+    gate_up, down = random_projection(1, 48, 56), random_projection(1, 56, 24)
+    prepared = [prepare(t, **f) for t, f in (gate_up, down)]
+    x = torch.randn(6, 56)
+    routed = kbvq_kernels.moe_forward(x, torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), *prepared)
+    assert torch.equal(kbvq_kernels.moe_forward(x, None, None, *prepared), routed)
+    weights = [reference.dequantize(t, **f) for t, f in (gate_up, down)]
+    index, ones = torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1)
+    expected = reference.moe_forward(x, index, ones, *weights, gate_up[0]["bias"], down[0]["bias"])
+    assert error(routed, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantize_equals_reference(decoder, name):
+    tensors, fields = random_projection(3, 10, 48, **FORMATS[name])
+    expected = reference.dequantize(tensors, **fields)
+    assert error(kbvq_kernels.dequantize(prepare(tensors, **fields)), expected) < 1e-6
+
+
+def test_reference_on_numbers_done_by_hand():
+    """Two vectors of two weights, 12-bit codes 0x102 and 0x003, scale 2, rank one."""
+    codebook = torch.zeros(1, 1, 4096, 2, dtype=torch.float16)
+    codebook[0, 0, 0x102], codebook[0, 0, 0x003] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    tensors = {
+        "codes": torch.tensor([[[0x02, 0x03, 0x01]]], dtype=torch.uint8),
+        "codebook": codebook,
+        "scale": torch.tensor([[2.0]]),
+        "basis": torch.tensor([[1, 0, 0, 2]], dtype=torch.int8),
+        "basis_scale": torch.tensor([0.5]),
+        "coefficients": torch.tensor([[[3]]], dtype=torch.int8),
+        "coefficients_scale": torch.tensor([[2.0]]),
+    }
+    weight = reference.dequantize(tensors, in_features=4, vector_dim=2, codebook_size=4096)
+    assert weight.tolist() == [[[2 * (1 + 3), 2 * 2, 2 * 3, 2 * (4 + 6)]]]
+
+
+def test_codes_are_shared_when_aligned_and_copied_when_not():
+    aligned, fields = random_projection(2, 3, 64)
+    assert prepare(aligned, **fields).codes.data_ptr() == aligned["codes"].data_ptr()
+    ragged, fields = random_projection(2, 3, 52)
+    prepared = prepare(ragged, **fields)
+    assert prepared.plane == 16 and prepared.codes.shape == (2, 3, 16)
+
+
+def test_registrations():
+    for name in ("vq-d4", "rq2-d8-12bit-int8"):
+        (x, index, weights, gate_up, down, activation), _ = moe_case(FORMATS[name], 3)
+        arguments = (
+            x, index, weights, gate_up.tensors(), gate_up.in_features, gate_up.plane,
+            down.tensors(), down.in_features, down.plane, activation,
+        )  # fmt: skip
+        utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(ops._moe, arguments, test_utils=utilities)
+        arguments = (gate_up.tensors(), gate_up.in_features, gate_up.plane, torch.float16)
+        torch.library.opcheck(ops._dequantize, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_into_one_graph():
+    arguments, expected = moe_case(FORMATS["vq-d4"], 3)
+    x, index, weights, gate_up, down, _ = arguments
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def layer(x, index, weights):
+        return x + kbvq_kernels.moe_forward(2 * x, index, weights, gate_up, down)
+
+    with torch.no_grad():
+        actual = layer(x / 2, index, weights)
+    assert error(actual - x / 2, expected) < 1e-6
+
+
+def test_what_is_served_and_refused():
+    fields = {"codebook": "vq", "vector_dim": 4, "codebook_size": 256, "num_stages": 1}
+    assert supports(**fields) is None
+    assert supports(**fields | {"codebook": "rq", "num_stages": 3, "codebook_size": 4096, "rank": 32}) is None
+    for change in (
+        {"codebook": "trellis"}, {"vector_dim": 16}, {"codebook_size": 65536}, {"num_stages": 2}, {"rank": 1000},
+        {"factor_dtype": "float32"}, {"activation": "tanh"}, {"codebook": "rq", "num_stages": 4},
+    ):  # fmt: skip
+        assert str(next(iter(change.values()))) in supports(**fields | change)
+    tensors, projection = random_projection(1, 2, 8)
+    with pytest.raises(ValueError, match="vector_dim 16"):
+        prepare(tensors, **projection | {"vector_dim": 16})
+    (x, index, weights, gate_up, down, _), _ = moe_case({}, 1)
+    with pytest.raises(ValueError, match="activation 'tanh'"):
+        kbvq_kernels.moe_forward(x, index, weights, gate_up, down, "tanh")
+
+
+def test_missing_compiler_is_named_in_the_log(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("KBVQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+    cpu.library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert cpu.library() is None
+    assert "no C++ compiler" in caplog.text
+    monkeypatch.setattr(cpu.shutil, "which", lambda name: "/bin/false")
+    cpu.library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert cpu.library() is None
+    assert "/bin/false failed" in caplog.text
+    cpu.library.cache_clear()
+
+
+def test_import_touches_neither_cuda_nor_triton():
+    code = "import sys, torch, kbvq_kernels; assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(p for p in sys.path if p)})

@@ -1,0 +1,60 @@
+import dataclasses
+
+import pytest
+import torch
+from packed_banks import random_projection
+from test_pipeline import options, text  # noqa: F401
+from tiny_models import save_tiny_model
+
+import kbvq
+from kbvq.block_tuning import TrainableProjection, windows_per_step
+from kbvq.packing import dequantize_expert
+from kbvq.pipeline import quantize_model
+from kbvq.recipes import make_recipe
+from kbvq.structures import ProjectionFormat
+
+FORMATS = [
+    ProjectionFormat(3, 8, 12, "vq", 4, 256, has_scale=True, has_bias=True),
+    ProjectionFormat(3, 8, 12, "vq", 4, 4096, num_codebooks=3),
+    ProjectionFormat(2, 6, 16, "rq", 8, 256, num_stages=2, has_scale=True, rank=2),
+    ProjectionFormat(2, 6, 16, "rq", 8, 256, num_stages=2, num_codebooks=2, has_bias=True, rank=3, factor_dtype="int8"),
+]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_trainable_weights_are_the_decoded_ones_and_pack_to_the_same(format):
+    packed, _ = random_projection(format, seed=0)
+    trainable = TrainableProjection(packed)
+    decoded = torch.stack([dequantize_expert(format, packed.tensors, e) for e in range(format.num_experts)])
+    torch.testing.assert_close(trainable.weights().detach(), decoded, rtol=1e-5, atol=1e-6)
+    again = trainable.pack()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in packed.tensors.items())
+
+
+def test_gradients_reach_everything_that_is_continuous():
+    packed, _ = random_projection(FORMATS[0], seed=0)
+    trainable = TrainableProjection(packed)
+    (trainable.weights().square().sum() + trainable.bias().square().sum()).backward()
+    assert {name for name, p in trainable.continuous.items() if p.grad.any()} == {"codebook", "scale", "bias"}
+
+
+def test_windows_per_step_fill_the_tokens_of_a_step():
+    assert windows_per_step(256, 128) == 8
+    assert windows_per_step(256, 3) == 3
+    assert windows_per_step(4096, 128) == 1
+
+
+@pytest.mark.parametrize("arch", ["qwen2_moe", "deepseek_v3"])
+def test_tuning_lowers_the_layers_output_error_and_is_reproducible(tmp_path, text, arch):  # noqa: F811
+    save_tiny_model(tmp_path / "model", arch)
+    recipe = make_recipe("default", 2, kmeans_iterations=5)
+    tuned = dataclasses.replace(recipe, tuning_steps=60)
+    records = {
+        name: quantize_model(options(tmp_path / "model", tmp_path / name, text, chosen), kbvq_version=kbvq.__version__)
+        for name, chosen in (("default", recipe), ("tuned", tuned), ("again", tuned))
+    }
+    layer = next(i for i, layer in enumerate(records["default"]["layers"]) if layer["banks"])
+    assert records["tuned"]["layers"][layer]["output_error"] < 0.97 * records["default"]["layers"][layer]["output_error"]
+    assert records["tuned"]["bits_per_weight"] == records["default"]["bits_per_weight"]
+    manifests = {name: (tmp_path / name / "kbvq_manifest.json").read_bytes() for name in records}
+    assert manifests["tuned"] == manifests["again"] != manifests["default"]

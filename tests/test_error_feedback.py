@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from kbvq.error_feedback import channel_order, encode_with_feedback, upper_factor
+from kbvq.errors import NumericalError
+
+EXPERTS, OUT, IN, DIM = 2, 40, 150, 2
+
+
+def problem(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(EXPERTS, OUT, IN, generator=generator)
+    roots = torch.randn(EXPERTS, IN, IN, generator=generator) * torch.logspace(0, -1, IN)
+    codebook = torch.randn(1, 64, DIM, generator=generator)
+    scale = 0.5 + torch.rand(EXPERTS, OUT, generator=generator)
+    return weights, roots @ roots.mT / IN, codebook, scale
+
+
+def decode(codes, codebooks, scale):
+    decoded = torch.stack([book[code] for code, book in zip(codes, codebooks.expand(EXPERTS, -1, -1), strict=True)])
+    return scale[..., None] * decoded.flatten(-2)
+
+
+def weighted_error(difference, moments):
+    return torch.einsum("eoi,eij,eoj->", difference.double(), moments.double(), difference.double())
+
+
+def test_factor_is_upper_triangular_and_squares_to_the_damped_moment():
+    _, moments, _, _ = problem()
+    factor = upper_factor(moments, 0.01)
+    assert torch.equal(factor, factor.triu())
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damped = moments.double() + 0.01 * mean[:, None, None].double() * torch.eye(IN)
+    torch.testing.assert_close(factor.double() @ factor.double().mT, damped, rtol=1e-4, atol=1e-5)
+
+
+def test_codes_equal_a_direct_ldlq_with_explicit_inverses():
+    """GPTQ's form of the recursion, in float64: errors pushed to later columns through the inverse of H."""
+    weights, moments, codebook, scale = problem()
+    codes, same = encode_with_feedback(weights, upper_factor(moments, 0.01), codebook, scale, refit=False)
+    assert same is codebook
+    for expert in range(EXPERTS):
+        mean = moments[expert].diagonal().mean().double()
+        inverse = torch.linalg.inv(moments[expert].double() + 0.01 * mean * torch.eye(IN))
+        rest = weights[expert].double().clone()
+        for start in range(0, IN, DIM):
+            metric = torch.linalg.inv(inverse[:DIM, :DIM])
+            target = rest[:, :DIM] / scale[expert, :, None].double()
+            distance = target[:, None] - codebook[0].double()
+            chosen = torch.einsum("okd,de,oke->ok", distance, metric, distance).argmin(1)
+            agreement = (chosen == codes[expert, :, start // DIM]).double().mean()
+            assert agreement > 0.95  # float32 may break near ties the other way
+            used = codebook[0].double()[codes[expert, :, start // DIM]] * scale[expert, :, None].double()
+            error = rest[:, :DIM] - used
+            rest = rest[:, DIM:] - error @ metric @ inverse[:DIM, DIM:]
+            # The inverse of what is left of H, after eliminating these columns.
+            inverse = inverse[DIM:, DIM:] - inverse[DIM:, :DIM] @ metric @ inverse[:DIM, DIM:]
+
+
+def test_feedback_lowers_the_weighted_error_of_nearest_codewords():
+    weights, moments, codebook, scale = problem()
+    codes, _ = encode_with_feedback(weights, upper_factor(moments, 0.01), codebook, scale, refit=False)
+    vectors = (weights / scale[..., None]).reshape(-1, DIM)
+    nearest = torch.cdist(vectors, codebook[0]).argmin(1).view(codes.shape)
+    with_feedback = weighted_error(weights - decode(codes, codebook, scale), moments)
+    assert with_feedback < 0.5 * weighted_error(weights - decode(nearest, codebook, scale), moments)
+
+
+def test_without_correlation_between_channels_it_is_the_nearest_codeword():
+    weights, _, codebook, scale = problem()
+    moments = torch.eye(IN).expand(EXPERTS, -1, -1)
+    codes, _ = encode_with_feedback(weights, upper_factor(moments, 0.0), codebook, scale, refit=False)
+    vectors = (weights / scale[..., None]).reshape(-1, DIM)
+    assert torch.equal(codes.flatten(), torch.cdist(vectors.double(), codebook[0].double()).argmin(1))
+
+
+@pytest.mark.parametrize("books", [1, EXPERTS])
+def test_refitted_codewords_minimise_the_weighted_error_of_their_targets(books):
+    """With H = identity the refit is one k-means step: the mean of each cell, weighted by the squared scale."""
+    weights, _, codebook, scale = problem()
+    codebooks = codebook.expand(books, -1, -1).clone()
+    factor = upper_factor(torch.eye(IN).expand(EXPERTS, -1, -1), 0.0)
+    codes, refitted = encode_with_feedback(weights, factor, codebooks, scale, refit=True)
+    targets = (weights / scale[..., None]).view(EXPERTS, OUT, -1, DIM)
+    mass = scale.square()[..., None].expand(-1, -1, IN // DIM)
+    for book in range(books):
+        members = slice(None) if books == 1 else slice(book, book + 1)
+        for codeword in range(64):
+            cell = codes[members] == codeword
+            if cell.sum() < 3:
+                continue
+            expected = (targets[members][cell] * mass[members][cell][:, None]).sum(0) / mass[members][cell].sum()
+            torch.testing.assert_close(refitted[book, codeword], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_refit_lowers_the_error():
+    weights, moments, codebook, scale = problem()
+    factor = upper_factor(moments, 0.01)
+    codes, refitted = encode_with_feedback(weights, factor, codebook, scale, refit=True)
+    again, _ = encode_with_feedback(weights, factor, refitted, scale, refit=False)
+    before = weighted_error(weights - decode(codes, codebook, scale), moments)
+    assert weighted_error(weights - decode(again, refitted, scale), moments) < before
+
+
+def test_order_keeps_vectors_whole_and_starts_with_the_largest_inputs():
+    moment = torch.diag(torch.tensor([1.0, 1.0, 9.0, 0.0, 3.0, 3.0]))
+    assert channel_order(moment, 2).tolist() == [2, 3, 4, 5, 0, 1]
+
+
+def test_moment_that_cannot_be_factorised_is_refused():
+    with pytest.raises(NumericalError, match="not positive definite"):
+        upper_factor(-torch.eye(4), 0.01)

@@ -1,0 +1,52 @@
+"""Every command of the README runs, and so does its snippet."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(language):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder that looks like the repository, so that the commands' `out` is not left in it."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("tests", "Makefile", "quantize.py", "kbvq", "eval", "kernels", "pyproject.toml", "constraints.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def run(command, folder):
+    result = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}"}
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_commands_and_snippet(workplace):
+    (commands,) = blocks("bash")
+    outputs = []
+    for line in commands.strip().splitlines():
+        command = shlex.split(line, comments=True)
+        if command[0] == "make":  # the environment is there already: make must not build it a second time
+            command = ["make", "--old-file=.venv/.installed", *command[1:]]
+        outputs.append(run(command, workplace))
+    demo, quantized, evaluated = outputs
+    assert "bits per expert weight" in quantized
+    for table in (demo, evaluated):
+        assert re.search(r"KL", table) and re.search(r"perplexity", table)
+    assert "fixture_cloze" in demo
+    (snippet,) = blocks("python")
+    assert run([sys.executable, "-c", snippet], workplace).startswith("In the beginning God created the")

@@ -1,0 +1,76 @@
+"""Packed experts in a model: the kernels against the path in plain torch, and under torch.compile."""
+
+import pytest
+import torch
+from test_pipeline import quantize, text  # noqa: F401
+from tiny_models import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from kbvq.packed_experts import PackedBankModule
+from kbvq.recipes import make_recipe
+
+
+def without_kernels(model):
+    for module in model.modules():
+        if isinstance(module, PackedBankModule):
+            module.activation_name = None
+    return model
+
+
+@pytest.fixture(scope="module")
+def packed_fixture(trained_model, data, tmp_path_factory):
+    """The bundled model, quantized quickly: the text matters here, not the quality."""
+    folder = tmp_path_factory.mktemp("served") / "packed"
+    recipe = make_recipe("paper", 2, codebook_scope="bank", max_vectors_per_codeword=16, kmeans_iterations=3)
+    quantize(trained_model, folder, data / "calibration.txt", recipe, samples=8, sequence_length=128)
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_greedy_generation_is_that_of_the_plain_torch_path(packed_fixture, dtype, tolerance):
+    """Same logits within the rounding of the dtype (bfloat16: 2⁻⁸ of logits up to 20, through four layers), and in
+    float32 the same tokens."""
+    kernels = AutoModelForCausalLM.from_pretrained(packed_fixture, dtype=dtype)
+    plain = without_kernels(AutoModelForCausalLM.from_pretrained(packed_fixture, dtype=dtype))
+    prompts = torch.randint(2, 4096, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            kernels(prompts).logits.float(), plain(prompts).logits.float(), rtol=tolerance, atol=tolerance
+        )
+    if dtype == torch.float32:
+        options = {"max_new_tokens": 24, "do_sample": False}
+        assert torch.equal(kernels.generate(prompts, **options), plain.generate(prompts, **options))
+
+
+def test_inputs_that_need_a_gradient_get_one(packed_fixture):
+    model = AutoModelForCausalLM.from_pretrained(packed_fixture, dtype=torch.float32)
+    embeddings = model.get_input_embeddings()(torch.arange(10)[None]).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits.square().mean().backward()
+    assert embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("arch", ["qwen2_moe", "mixtral"])
+def test_whole_graph_compiles(tmp_path, text, arch):  # noqa: F811
+    save_tiny_model(tmp_path / "model", arch)
+    quantize(tmp_path / "model", tmp_path / "packed", text)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    tokens = torch.arange(2, 26)[None]
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_follow_a_change_of_the_buffers(tmp_path, text):  # noqa: F811
+    save_tiny_model(tmp_path / "model", "qwen3_moe")
+    quantize(tmp_path / "model", tmp_path / "packed", text)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    tokens = torch.arange(2, 26)[None]
+    with torch.no_grad():
+        before = model(tokens).logits
+        for module in model.modules():
+            if isinstance(module, PackedBankModule):
+                module.down_proj_codebook.mul_(0.5)
+        after = model(tokens).logits
+        torch.testing.assert_close(after, without_kernels(model)(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 1e-3
