@@ -190,7 +190,7 @@ def _scale_low_rank_bias(
     FACTOR_SCALE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """scale * (sums + coefficients @ low) + bias, [R]; row: index into [E * N]; e, low_row, low_mask [R, 1] or [1, 1]."""
+    """scale * (sums + coefficients @ low) + bias, [R]; row: index into [E * N]; e, low_row, low_mask [R | 1, 1]."""
     if RANK > 0:
         q = tl.arange(0, BLOCK_R)[None, :]
         low = tl.load(low_ptr + low_row * RANK + q, mask=low_mask & (q < RANK), other=0.0)
