@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import kbvq_kernels
 import torch
-from kbvq_kernels import PreparedProjection
 from torch import Tensor, nn
 
+import kbvq_kernels
 from kbvq.errors import CheckpointError
 from kbvq.expert_forward import ExpertWeights, run_experts
 from kbvq.packing import dequantize_expert
 from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, ProjectionFormat, buffer_name
+from kbvq_kernels import PreparedProjection
 
 
 class PackedBankModule(nn.Module):

@@ -13,12 +13,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import kbvq_kernels
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+import kbvq_kernels
 from kbvq.block_tuning import windows_per_step
 from kbvq.calibration import LayerRunner
 from kbvq.calibration_text import calibration_windows, load_texts

@@ -192,8 +192,9 @@ class BankFormat:
     def from_dict(cls, data: dict) -> BankFormat:
         """Inverse of `to_dict`; raises ConfigError on unknown or missing fields."""
         try:
-            return cls(**{k: ProjectionFormat(**v) if k in PROJECTIONS else v for k, v in data.items()})
-        except TypeError as error:
+            projections = {name: ProjectionFormat(**data[name]) for name in PROJECTIONS}
+            return cls(**{**data, **projections})
+        except (TypeError, KeyError) as error:
             raise ConfigError(f"quantization_config describes a bank this version cannot read: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """Every command of the README runs, and so does its snippet."""
 
+import json
 import os
 import re
 import shlex
@@ -33,6 +34,14 @@ def run(command, folder):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_results_table_is_that_of_the_recorded_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "eval")
+    from fixture_table import readme_table
+
+    recorded = json.loads((ROOT / "docs" / "results" / "fixture.json").read_text(encoding="utf-8"))
+    assert readme_table(recorded["results"]) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_commands_and_snippet(workplace):
