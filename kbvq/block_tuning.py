@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kbvq.calibration import LayerRunner, ObservedBank
 from kbvq.errors import NumericalError
-from kbvq.packing import unpack_stages
+from kbvq.packing import decode_factors, unpack_stages
 from kbvq.structures import InputMoments, PackedProjection
 
 TOKENS_PER_STEP = 2048
@@ -43,10 +43,7 @@ class TrainableProjection(nn.Module):
         )
         self.low_rank: Tensor | None = None
         if format.rank:
-            basis, coefficients = tensors["basis"].float(), tensors["coefficients"].float()
-            if format.factor_dtype == "int8":
-                basis = basis * tensors["basis_scale"].float()[:, None]
-                coefficients = coefficients * tensors["coefficients_scale"].float()[:, None]
+            coefficients, basis = decode_factors(tensors)
             self.low_rank = coefficients @ basis
 
     def weights(self) -> Tensor:

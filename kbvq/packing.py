@@ -73,14 +73,20 @@ def dequantize_expert(
         weight += F.embedding(codes[stage], codebooks[stage])
     weight = weight.flatten(-2)
     if format.rank:
-        coefficients, basis = tensors["coefficients"][expert].float(), tensors["basis"].float()
-        if format.factor_dtype == "int8":
-            coefficients = coefficients * tensors["coefficients_scale"][expert].float()
-            basis = basis * tensors["basis_scale"].float()[:, None]
-        weight = torch.addmm(weight, coefficients, basis)
+        weight = torch.addmm(weight, *decode_factors(tensors, expert))
     if format.has_scale:
         weight *= tensors["scale"][expert].float()[:, None]
     return weight.to(dtype)
+
+
+def decode_factors(tensors: Mapping[str, Tensor], expert: int | slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """(coefficients, basis) as stored, in float32: [out_features, rank] of one expert or [experts, out_features, rank],
+    and [rank, in_features]."""
+    coefficients, basis = tensors["coefficients"][expert].float(), tensors["basis"].float()
+    if "basis_scale" in tensors:
+        coefficients = coefficients * tensors["coefficients_scale"][expert].float().unsqueeze(-2)
+        basis = basis * tensors["basis_scale"].float()[:, None]
+    return coefficients, basis
 
 
 def _index_bits(codebook_size: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kbvq.bias_correction import bias_correction, output_moments
 from kbvq.errors import NumericalError
-from kbvq.packing import dequantize_expert, pack_codes
+from kbvq.packing import decode_factors, dequantize_expert, pack_codes
 from kbvq.rate_distortion import bits_above_limit, shannon_distortion, weighted_error, weighted_spectrum
 from kbvq.recipes import Recipe
 from kbvq.shared_basis import shared_low_rank
@@ -60,7 +60,8 @@ def quantize_projection(
     if format.rank:
         tensors |= _store_factors(basis, coefficients / scale[..., None], format.factor_dtype)
         _check_finite(tensors)
-        residual = weights - scale[..., None] * _stored_low_rank(tensors)
+        coefficients, basis = decode_factors(tensors)
+        residual = weights - scale[..., None] * (coefficients @ basis)
     codes, codebooks = vector_quantize(residual, recipe, scale=scale, moments=student, seed=seed)
     tensors |= {"codes": pack_codes(codes, format.codebook_size), "codebook": codebooks.unsqueeze(1)}
     if format.has_scale:
@@ -113,15 +114,6 @@ def _store_factors(basis: Tensor, coefficients: Tensor, factor_dtype: str) -> di
         "coefficients": (coefficients / coefficients_scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8),
         "coefficients_scale": coefficients_scale,
     }
-
-
-def _stored_low_rank(tensors: dict[str, Tensor]) -> Tensor:
-    """coefficients @ basis as a reader decodes them, [num_experts, out_features, in_features] float32."""
-    basis, coefficients = tensors["basis"].float(), tensors["coefficients"].float()
-    if "basis_scale" in tensors:
-        basis = basis * tensors["basis_scale"].float()[:, None]
-        coefficients = coefficients * tensors["coefficients_scale"].float()[:, None]
-    return coefficients @ basis
 
 
 def _correct_outputs(
