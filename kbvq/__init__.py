@@ -6,5 +6,6 @@
 __version__ = "0.1.0"
 
 from kbvq import hf
+from kbvq.rq_moe import RQMoE
 
-__all__ = ["hf"]
+__all__ = ["RQMoE", "hf"]
