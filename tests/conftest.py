@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantizing import write_text
 
 TESTS = Path(__file__).parent
 
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gpu:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration text for the tiny models."""
+    return write_text(tmp_path_factory.mktemp("text") / "calibration.txt")
 
 
 @pytest.fixture(scope="session")

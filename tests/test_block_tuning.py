@@ -3,13 +3,11 @@ import dataclasses
 import pytest
 import torch
 from packed_banks import random_projection
-from test_pipeline import options, text  # noqa: F401
+from quantizing import quantize
 from tiny_models import save_tiny_model
 
-import kbvq
 from kbvq.block_tuning import TrainableProjection, windows_per_step
 from kbvq.packing import dequantize_expert
-from kbvq.pipeline import quantize_model
 from kbvq.recipes import make_recipe
 from kbvq.structures import ProjectionFormat
 
@@ -45,12 +43,12 @@ def test_windows_per_step_fill_the_tokens_of_a_step():
 
 
 @pytest.mark.parametrize("arch", ["qwen2_moe", "deepseek_v3"])
-def test_tuning_lowers_the_layers_output_error_and_is_reproducible(tmp_path, text, arch):  # noqa: F811
+def test_tuning_lowers_the_layers_output_error_and_is_reproducible(tmp_path, text, arch):
     save_tiny_model(tmp_path / "model", arch)
     recipe = make_recipe("default", 2, kmeans_iterations=5)
     tuned = dataclasses.replace(recipe, tuning_steps=60)
     records = {
-        name: quantize_model(options(tmp_path / "model", tmp_path / name, text, chosen), kbvq_version=kbvq.__version__)
+        name: quantize(tmp_path / "model", tmp_path / name, text, chosen)
         for name, chosen in (("default", recipe), ("tuned", tuned), ("again", tuned))
     }
     first = next(layer["layer"] for layer in records["default"]["layers"] if layer["banks"])

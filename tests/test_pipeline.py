@@ -7,43 +7,19 @@ import sys
 
 import pytest
 import torch
+from quantizing import quantize
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, save_tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import kbvq
 from kbvq.checkpoint import inspect_checkpoint, verify_checkpoint
 from kbvq.cli import main
 from kbvq.errors import CalibrationError, CheckpointError, ConfigError, NumericalError, UnsupportedModelError
 from kbvq.moe_adapters import find_expert_banks
 from kbvq.packing import dequantize_expert
-from kbvq.pipeline import QuantizeOptions, quantize_model
 from kbvq.recipes import make_recipe
 
 TOKENS = torch.arange(2, 26)[None]
-
-
-def write_text(path, words=3000, seed=0):
-    ids = torch.randint(2, 128, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
-    path.write_text(" ".join(f"w{i}" for i in ids), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "calibration.txt")
-
-
-def options(model, output, text, recipe=None, **changes):
-    recipe = recipe or make_recipe("paper", 2, kmeans_iterations=5)
-    return QuantizeOptions(
-        **{"model": str(model), "output": output, "calibration": str(text), "recipe": recipe, "samples": 24,
-           "sequence_length": 32, "device": "cpu"} | changes
-    )  # fmt: skip
-
-
-def quantize(*arguments, **changes):
-    return quantize_model(options(*arguments, **changes), kbvq_version=kbvq.__version__)
 
 
 def logits(model):

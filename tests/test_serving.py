@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_pipeline import quantize, text  # noqa: F401
+from quantizing import quantize
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ def test_inputs_that_need_a_gradient_get_one(packed_fixture):
 
 
 @pytest.mark.parametrize("arch", ["qwen2_moe", "mixtral"])
-def test_whole_graph_compiles(tmp_path, text, arch):  # noqa: F811
+def test_whole_graph_compiles(tmp_path, text, arch):
     save_tiny_model(tmp_path / "model", arch)
     quantize(tmp_path / "model", tmp_path / "packed", text)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
@@ -61,7 +61,7 @@ def test_whole_graph_compiles(tmp_path, text, arch):  # noqa: F811
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_kernels_follow_a_change_of_the_buffers(tmp_path, text):  # noqa: F811
+def test_kernels_follow_a_change_of_the_buffers(tmp_path, text):
     save_tiny_model(tmp_path / "model", "qwen3_moe")
     quantize(tmp_path / "model", tmp_path / "packed", text)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
