@@ -41,7 +41,8 @@ def quantize_projection(
     seed: int,
 ) -> PackedProjection:
     """KBVQ-MoE for one projection of a bank: steps 1 to 7 of the method (shared_basis, vector_quantization,
-    bias_correction).
+    bias_correction). The paper treats gate and up as two matrices; here they are one, as transformers stores them, with
+    one basis and one codebook: they see the same inputs, and it halves what those cost.
 
     weights: [num_experts, out_features, in_features] of the original model.
     teacher: moments of the inputs in the original model. student: of the inputs in the quantized model so far,
