@@ -16,6 +16,7 @@ decode stage by stage; identity refiners and z = 0 give plain residual quantizat
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -120,9 +121,10 @@ class RQMoE(nn.Module):
 
     def _mixed_hidden(self, first: Tensor, stages: slice) -> tuple[Tensor, Tensor]:
         """Gates [stages, rows, N] and first blocks' hidden units [stages, rows, N, h] of the first layer's output."""
-        first = F.relu(first)
+        first = F.relu(first, inplace=not first.requires_grad)
         gate_width = self.gate_in.shape[1]
-        gates = torch.softmax(first[..., :gate_width] @ self.gate_out[stages].mT, 2)
+        # softmax is vectorised over the inner dimension, which should therefore be the long one
+        gates = torch.softmax(self.gate_out[stages] @ first[..., :gate_width].mT, 1).mT
         return gates, first[..., gate_width:].unflatten(2, (self.num_refiners, -1))
 
     def _refine(self, conditioned: Tensor, first: Tensor, stages: slice) -> tuple[Tensor, Tensor]:
@@ -167,48 +169,53 @@ class RQMoE(nn.Module):
             all_gates.append(gates)
         return torch.cat(all_codewords), torch.cat(all_gates)
 
-    def encode(self, vectors: Tensor, *, beam: int = 1, shortlist: int | None = None) -> Tensor:
+    def encode(
+        self, vectors: Tensor, *, beam: int = 1, shortlist: int | None = None, num_stages: int | None = None
+    ) -> Tensor:
         """Codes of vectors [n, vector_dim]: [n, num_stages] uint8 (int32 above 256 codewords), on the model's device.
 
         beam: partial codes kept per vector; 1 is greedy. shortlist: evaluate the refiners only for that many
         codewords per stage, those whose conditioned codeword u is nearest to the residual; None for all of them.
+        num_stages: use the first so many stages, for a shorter and coarser code; None for all of them.
         Raises ConfigError on another dimension or before `fit`, NumericalError on values that are not finite.
         """
         self._check_fitted()
         vectors = self._checked(vectors)
         if beam < 1 or (shortlist is not None and shortlist < 1):
             raise ConfigError(f"RQMoE.encode: beam {beam} and shortlist {shortlist} must be at least 1")
-        codes = self._encode((vectors - self.mean) / self.scale, beam, shortlist)
+        if num_stages is not None and not 1 <= num_stages <= self.num_stages:
+            raise ConfigError(f"RQMoE.encode: num_stages {num_stages} is not in 1..{self.num_stages}")
+        codes = self._encode((vectors - self.mean) / self.scale, beam, shortlist, num_stages or self.num_stages)
         return codes.to(torch.uint8 if self.codebook_size <= 256 else torch.int32)
 
     @torch.no_grad()
-    def _encode(self, vectors: Tensor, beam: int, shortlist: int | None) -> Tensor:
-        """Codes [n, M] int64 of normalised vectors [n, d]."""
+    def _encode(self, vectors: Tensor, beam: int, shortlist: int | None, num_stages: int) -> Tensor:
+        """Codes [n, num_stages] int64 of normalised vectors [n, d]."""
         size = min(shortlist or self.codebook_size, self.codebook_size)
-        tables = self._projected_codebooks()
-        first_layer = self._first_layer()
+        tables = self._projected_codebooks()[: num_stages - 1]
+        first_layer = self._first_layer()[: num_stages - 1]
         first_tables = tables @ first_layer.mT
-        floats = 3 * self.vector_dim + 2 * first_layer.shape[1] if self.num_stages > 1 else self.vector_dim
+        floats = 3 * self.vector_dim + 2 * first_layer.shape[1] if num_stages > 1 else self.vector_dim
         if self.refiner_depth > 1:
             floats += self.num_refiners * (2 * self.refiner_width + 3 * self.vector_dim)
         chunk = max(1, _CHUNK_FLOATS[vectors.device.type] // (beam * size * floats))
         parts = [self._search(x, beam, size, tables, first_tables, first_layer) for x in vectors.split(chunk)]
-        return torch.cat(parts) if parts else torch.empty(0, self.num_stages, dtype=torch.int64, device=vectors.device)
+        return torch.cat(parts) if parts else torch.empty(0, num_stages, dtype=torch.int64, device=vectors.device)
 
     def _search(
         self, vectors: Tensor, beam: int, shortlist: int, tables: Tensor, first_tables: Tensor, first_layer: Tensor
     ) -> Tensor:
-        """Beam search: codes [n, M] of normalised vectors [n, d]. The first layer is linear, so it acts on the tables
-        [M-1, K, ·] and on the shift that a partial code brings to all its candidates, not on each candidate."""
+        """Beam search: codes [n, m] of normalised vectors [n, d]. The first layer is linear, so it acts on the tables
+        [m-1, K, ·] and on the shift that a partial code brings to all its candidates, not on each candidate."""
         dim = self.vector_dim
         scores = 0.5 * self.codebooks[0].square().sum(1) - vectors @ self.codebooks[0].T
         codes = scores.topk(min(beam, self.codebook_size), dim=1, largest=False).indices[..., None]  # [n, beam, 1]
         reconstruction = F.embedding(codes[..., 0], self.codebooks[0])
         by_instruction = self.conditioning == "instruction"
         condition = reconstruction
-        if by_instruction and self.num_stages > 1:
+        if by_instruction and len(tables) > 0:
             condition = F.embedding(codes[..., 0], self.instructions[0])
-        for stage in range(self.num_stages - 1):
+        for stage in range(len(tables)):
             part = slice(stage, stage + 1)
             table, first_table = tables[stage], first_tables[stage]
             residual = vectors[:, None] - reconstruction
@@ -234,7 +241,7 @@ class RQMoE(nn.Module):
             reconstruction = reconstruction.gather(1, origin.expand(-1, -1, dim)) + codeword
             if not by_instruction:
                 condition = reconstruction
-            elif stage + 2 < self.num_stages:
+            elif stage + 1 < len(tables):
                 condition = condition.gather(1, origin.expand(-1, -1, dim))
                 condition = condition + F.embedding(code, self.instructions[stage + 1])
         return codes[:, 0]  # topk sorts: the first has the smallest error
@@ -256,7 +263,7 @@ class RQMoE(nn.Module):
                     f"RQMoE.decode: codes must lie in 0..{self.codebook_size - 1}; they come from another quantizer"
                 )
         codes = codes.to(self.codebooks.device, torch.int64)
-        floats = codes.shape[1] * (self.vector_dim + 2 * self.num_refiners * (self.refiner_width + 4))
+        floats = codes.shape[1] * max(self.vector_dim, self.num_refiners * (self.refiner_width + 4))
         parts = codes.split(max(1, _CHUNK_FLOATS[codes.device.type] // floats))
         if self.conditioning == "instruction" and self.refiner_depth == 1 and codes.shape[1] > 1:
             decoded = [self._decode_by_tables(part) for part in parts]
@@ -276,10 +283,13 @@ class RQMoE(nn.Module):
         rows = codes + offsets
         total = F.embedding_bag(rows, sums, mode="sum")
         rows = rows.T
-        instructions = F.embedding(rows[:-1], self.instructions.view(-1, self.vector_dim)).cumsum(0)
-        first = torch.baddbmm(F.embedding(rows[1:] - size, first_tables), instructions, first_of_instruction)
+        instructions = F.embedding(rows[:-1], self.instructions.view(-1, self.vector_dim))
+        for before, after in itertools.pairwise(instructions):  # cumsum(0), which torch does not vectorise
+            after += before
+        first = F.embedding(rows[1:] - size, first_tables).baddbmm_(instructions, first_of_instruction)
         gates, hidden = self._mixed_hidden(first, slice(0, codes.shape[1] - 1))
-        return total + torch.bmm((hidden * gates[..., None]).flatten(2), out).sum(0)
+        hidden *= gates[..., None]
+        return total + torch.bmm(hidden.flatten(2), out).sum(0)
 
     def _decoding_tables(self, num_stages: int) -> tuple[Tensor, ...]:
         """Tables for codes of that many stages, kept until a parameter changes."""
@@ -293,11 +303,14 @@ class RQMoE(nn.Module):
             passed_on = condition.flip(0).cumsum(0).flip(0)
             sums = torch.cat([self.codebooks[:1], tables])
             sums[:-1] += self.instructions[:later] @ passed_on.mT
-            self._decoder = key, (
-                sums.flatten(0, 1),
-                (tables @ first_layer.mT).flatten(0, 1),
-                (first_layer @ condition).mT.contiguous(),
-                self.refiner_out[:later, 0].mT.flatten(1, 2).contiguous(),
+            self._decoder = (
+                key,
+                (
+                    sums.flatten(0, 1),
+                    (tables @ first_layer.mT).flatten(0, 1),
+                    (first_layer @ condition).mT.contiguous(),
+                    self.refiner_out[:later, 0].mT.flatten(1, 2).contiguous(),
+                ),
             )
         return self._decoder[1]
 
@@ -318,9 +331,10 @@ class RQMoE(nn.Module):
         vectors: Tensor,
         *,
         seed: int = 0,
+        codebooks: Tensor | None = None,
         epochs: int = 10,
         batch_size: int = 256,
-        learning_rate: float = 0.02,
+        learning_rate: float = 0.01,
         balance: float = 0.01,
         shortlist: int | None = 8,
         kmeans_iterations: int = 25,
@@ -329,17 +343,19 @@ class RQMoE(nn.Module):
     ) -> RQMoE:
         """Train on vectors [n, vector_dim]; returns itself. The same seed gives the same model, byte for byte, on CPU.
 
-        Starts as plain residual quantization (k-means, on at most `kmeans_max_vectors` per stage), then `epochs`
-        passes of Adam, a short warm-up and a cosine decay of the learning rate to zero. Codes are those of the
-        greedy encoder over `shortlist` candidates, without gradient; the loss is
+        Starts as plain residual quantization, with `codebooks` [num_stages, codebook_size, vector_dim] if given, else
+        by k-means on at most `kmeans_max_vectors` vectors per stage. Then `epochs` passes of Adam, a short warm-up and
+        a cosine decay of the learning rate to zero. Codes are those of the greedy encoder over `shortlist`
+        candidates, without gradient; the loss is
 
             Σ_m log(1 + mean‖r_m‖² / stopgrad mean‖r_{m−1}‖²) + balance · Σ_m Σ_n mean(g_n)²,   r_{−1} = x
 
-        with means over the batch. learning_rate is that of codebooks and instructions; matrices, whose update acts on
-        u as the sum over their d inputs, get learning_rate · min(1, 32/d).
+        with means over the batch. learning_rate is that of the codebooks. Instructions and matrices act on u through a
+        sum over d terms and get learning_rate · min(1, 32/d); B2, averaged by the gates, N times that. The 32 is a
+        heuristic, tuned on vectors of 32 and 256 dimensions.
         epochs 0 leaves plain residual quantization. progress: show a bar, on a terminal only.
-        Raises ConfigError on another dimension or fewer vectors than codewords, NumericalError on values that are
-        not finite.
+        Raises ConfigError on another dimension, other codebooks or fewer vectors than codewords, NumericalError on
+        values that are not finite.
         """
         vectors = self._checked(vectors)
         if len(vectors) < self.codebook_size:
@@ -347,20 +363,27 @@ class RQMoE(nn.Module):
                 f"RQMoE.fit: {len(vectors)} vectors cannot train {self.codebook_size} codewords; "
                 "give more vectors or a smaller codebook_size"
             )
+        if codebooks is not None and codebooks.shape != self.codebooks.shape:
+            expected = list(self.codebooks.shape)
+            raise ConfigError(f"RQMoE.fit: codebooks are {list(codebooks.shape)}, expected {expected}")
         with torch.no_grad():
             self.mean.copy_(vectors.mean(0))
             vectors = vectors - self.mean
             rms = vectors.square().mean().sqrt()
             self.scale.copy_(torch.where(rms > 0, rms, torch.ones_like(rms)))
             vectors = vectors / self.scale
-            codebooks = fit_residual_codebooks(
-                vectors,
-                self.num_stages,
-                self.codebook_size,
-                iterations=kmeans_iterations,
-                seed=seed,
-                max_vectors=kmeans_max_vectors,
-            )
+            if codebooks is None:
+                codebooks = fit_residual_codebooks(
+                    vectors,
+                    self.num_stages,
+                    self.codebook_size,
+                    iterations=kmeans_iterations,
+                    seed=seed,
+                    max_vectors=kmeans_max_vectors,
+                )
+            else:
+                codebooks = codebooks.to(vectors)
+                codebooks = torch.cat([codebooks[:1] - self.mean, codebooks[1:]]) / self.scale
             self._start_from_(codebooks, torch.Generator().manual_seed(seed))
         self._train(vectors, seed, epochs, batch_size, learning_rate, balance, shortlist, progress)
         return self
@@ -384,6 +407,9 @@ class RQMoE(nn.Module):
             gain = 1 if parameter is self.gate_out else 2  # He et al. 2015 before a ReLU
             deviation = math.sqrt(gain / parameter.shape[-1])
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+        # Residuals shrink from stage to stage; a gate that saw them as they are would hardly tell them apart.
+        size = codebooks[1:].square().mean((1, 2), keepdim=True).sqrt()
+        self.gate_in.div_(size.clamp_min(torch.finfo(size.dtype).eps))
 
     def _train(
         self,
@@ -399,12 +425,13 @@ class RQMoE(nn.Module):
         steps = epochs * math.ceil(len(vectors) / batch_size) if self.num_stages > 1 else 0
         if steps == 0:
             return
-        embeddings = [self.codebooks] + ([self.instructions] if self.conditioning == "instruction" else [])
-        matrices = [self.projection, self.gate_in, self.gate_out, self.refiner_in, self.refiner_out]
+        inner_rate = learning_rate * min(1, 32 / self.vector_dim)
+        inner = [p for p in self.parameters() if p is not self.codebooks and p is not self.refiner_out]
         optimizer = torch.optim.Adam(
             [
-                {"params": embeddings, "lr": learning_rate},
-                {"params": matrices, "lr": learning_rate * min(1, 32 / self.vector_dim)},
+                {"params": [self.codebooks], "lr": learning_rate},
+                {"params": inner, "lr": inner_rate},
+                {"params": [self.refiner_out], "lr": inner_rate * self.num_refiners},
             ]
         )
         warmup = max(1, steps // 20)
@@ -416,7 +443,8 @@ class RQMoE(nn.Module):
             for _ in range(epochs):
                 order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
                 for rows in order.split(batch_size):
-                    loss = self._loss(vectors[rows], self._encode(vectors[rows], 1, shortlist), balance)
+                    batch = vectors[rows]
+                    loss = self._loss(batch, self._encode(batch, 1, shortlist, self.num_stages), balance)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

@@ -1,6 +1,7 @@
 """RQ-MoE against its equations written vector by vector, and against the two quantizers it contains."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -93,17 +94,17 @@ def test_decoding_follows_a_change_of_the_parameters() -> None:
     torch.testing.assert_close(model.decode(codes).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize(("beam", "stages"), [(1, 4), (3, 4), (3, 2), (3, 1)])
 @torch.no_grad()
-def test_encoding_searches_over_the_codewords_of_the_equations(beam: int) -> None:
+def test_encoding_searches_over_the_codewords_of_the_equations(beam: int, stages: int) -> None:
     model = perturbed(untrained(depth=2))
     vectors = mixture(12, seed=2)
-    codes = model.encode(vectors, beam=beam)
+    codes = model.encode(vectors, beam=beam, num_stages=stages)
     normalised = (vectors.double() - model.mean.double()) / model.scale.double()
     for vector, code in zip(normalised, codes.tolist(), strict=True):
         zero = torch.zeros(6, dtype=torch.float64)
         partial = [((), zero, zero)]
-        for stage in range(4):
+        for stage in range(stages):
             grown = []
             for path, total, instruction in partial:
                 for j in range(8):
@@ -135,6 +136,15 @@ def test_training_starts_at_plain_residual_quantization(conditioning: str) -> No
     normalised = (vectors - model.mean) / model.scale
     codebooks = fit_residual_codebooks(normalised, 4, 8, iterations=5, seed=0)
     assert torch.equal(model.encode(vectors).long(), residual_encode(normalised, codebooks))
+
+
+def test_training_starts_from_the_codebooks_it_is_given() -> None:
+    vectors = mixture(400)
+    codebooks = fit_residual_codebooks(vectors, 4, 8, iterations=2, seed=5)
+    model = RQMoE(6, 4, 8, 3, 1, 5).fit(vectors, codebooks=codebooks, epochs=0)
+    codes = model.encode(vectors)
+    assert torch.equal(codes.long(), residual_encode(vectors, codebooks))
+    torch.testing.assert_close(model.decode(codes), residual_decode(codes, codebooks), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -249,7 +259,11 @@ def test_bad_input() -> None:
         model.fit(mixture(7))
     with pytest.raises(ConfigError, match=r"\[20, 5\], expected \[n, 6\]"):
         model.fit(mixture(20, dim=5))
+    with pytest.raises(ConfigError, match=r"\[2, 8, 6\], expected \[3, 8, 6\]"):
+        model.fit(mixture(20), codebooks=torch.zeros(2, 8, 6))
     model = untrained()
+    with pytest.raises(ConfigError, match=r"1\.\.4"):
+        model.encode(mixture(5), num_stages=5)
     with pytest.raises(NumericalError, match="NaN"):
         model.encode(torch.tensor([[torch.inf] * 6]))
     with pytest.raises(ConfigError, match="beam"):
@@ -289,3 +303,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     save_file(tensors, path, metadata={key: config})
     with pytest.raises(CheckpointError, match="gate_in"):
         RQMoE.load(path)
+
+
+def test_documented_snippet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = Path(__file__).resolve().parent.parent / "docs" / "rq_moe.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(snippet, names)
+    vectors, quantizer = names["vectors"], names["quantizer"]
+    assert names["codes"].shape == (2000, 4) and names["codes"].dtype == torch.uint8
+    assert names["short"].shape == (2000, 2)
+    errors = [float((vectors - quantizer.decode(names[name])).square().mean()) for name in ("better", "codes", "short")]
+    assert errors == sorted(errors)
+    torch.testing.assert_close(names["decoded"], names["same"].decode(names["codes"]))
