@@ -1,4 +1,4 @@
-# make demo   quantize the bundled model to 2 bits, load it with transformers, evaluate before and after
+# make demo   quantize the bundled model to 2.25 bits, load it with transformers, evaluate before and after
 # make test   the whole test suite
 # make lint   ruff and mypy
 # Each needs only Python >= 3.10: the first run creates $(VENV) with the pinned versions of constraints.txt.
@@ -13,7 +13,7 @@ OUT = out/demo
 
 demo: $(VENV)/.installed
 	$(BIN)/python quantize.py --model $(MODEL) --calibration tests/data/calibration.txt --output $(OUT) \
-		--bits 2 --sequence-length 256 --overwrite
+		--bits 2.25 --sequence-length 256 --overwrite
 	HF_HUB_OFFLINE=1 $(BIN)/kbvq eval $(OUT) --baseline $(MODEL) --perplexity tests/data/test.txt \
 		--tasks fixture_cloze,fixture_lastword --include-path tests/data/tasks --limit 200 --json $(OUT)-eval.json
 

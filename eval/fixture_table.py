@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -43,6 +46,8 @@ class Row:
     label: str
     recipe: str
     changes: dict[str, object]
+    bits: float | None = None
+    """What --bits is set to; None for the group's code bits."""
 
 
 # At 3 bits an expert's own codebook of 4096 codewords would cost this small model 2.7 bits per weight, and k-means on
@@ -56,32 +61,60 @@ PAPER = (
     Row("paper: IDRE + BCOS", "paper", {}),
     Row("paper with plain SVD (no KLT)", "paper", {"klt": False}),
 )
-OURS = (Row("default", "default", {}), Row("best", "best", {}))
+UNIFORM = {"budget": False}
 
 
-def rows(bits: int) -> list[Row]:
-    extra = _THREE_BITS if bits == 3 else {}
-    return [Row(row.label, row.recipe, row.changes | extra) for row in PAPER] + list(OURS)
+def rows(group: int) -> list[Row]:
+    """Rows of one group: the paper and uniform rates at `group` code bits, our recipes at the true bits of the peers
+    with groups of 64, and budgets at what the uniform rates take."""
+    extra = _THREE_BITS if group == 3 else {}
+    equal, uniform = group + 0.28, {2: 2.138, 3: 3.134}[group]
+    return [
+        *(Row(row.label, row.recipe, row.changes | extra) for row in PAPER),
+        Row("fast", "fast", {}, equal),
+        Row("default", "default", {}, equal),
+        Row("best", "best", {}, equal),
+        Row("default, all rates alike", "default", UNIFORM),
+        Row("default, same bits by budget", "default", {}, uniform),
+        Row("default, trellis", "default", {"codebook": "trellis"}, equal),
+        Row("default, rq", "default", {"codebook": "rq", "refits": 2}, equal),
+        Row("default, rq-moe", "default", {"codebook": "rq-moe", "refits": 2}, equal),
+    ]
+
+
+FIRST_SCREEN = ("plain VQ", "+ IDRE", "+ BCOS", "paper: IDRE + BCOS", "fast", "default", "best")
+"""Rows of the README."""
+
+
+def quantize(row: Row, group: int, seed: int, output: Path) -> None:
+    quantize_model(
+        QuantizeOptions(
+            model=str(MODEL),
+            output=output,
+            calibration=str(DATA / "calibration.txt"),
+            recipe=make_recipe(row.recipe, group if row.bits is None else row.bits, **row.changes),
+            sequence_length=WINDOW,
+            seed=seed,
+            device="cpu",
+        ),
+        kbvq_version=kbvq.__version__,
+    )
 
 
 def measure(row: Row, bits: int, seed: int, text: str, baseline: BaselineCache) -> dict[str, object]:
-    """Quantize, load, score one row."""
+    """Quantize in a process of its own, whose time and memory are those of the recipe alone; load; score."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        record = quantize_model(
-            QuantizeOptions(
-                model=str(MODEL),
-                output=Path(folder) / "packed",
-                calibration=str(DATA / "calibration.txt"),
-                recipe=make_recipe(row.recipe, bits, **row.changes),
-                sequence_length=WINDOW,
-                seed=seed,
-                device="cpu",
-            ),
-            kbvq_version=kbvq.__version__,
-        )
+        output = Path(folder) / "packed"
+        command = [sys.executable, __file__, "--quantize", row.label, str(bits), str(seed), str(output)]
+        process = subprocess.Popen(command)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{row.label} at {bits} bits ended with status {process.returncode}")
         seconds = time.perf_counter() - started
-        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "packed", dtype=torch.float32)
+        record = json.loads((output / "kbvq_run.json").read_text(encoding="utf-8"))
+        model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         scores = score_windows(model, baseline.tokens, baseline=baseline).summary()
     above = [
         report[projection]["bits_above_limit"]
@@ -101,33 +134,39 @@ def measure(row: Row, bits: int, seed: int, text: str, baseline: BaselineCache) 
         },
         "bits_above_limit_by_projection": above,
         "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_rss_bytes": usage.ru_maxrss * 1024,  # Linux reports KiB
     }
+
+
+def cost(runs: list[dict]) -> str:
+    """CPU seconds and peak GiB, means over the runs that have them."""
+    measured = [run for run in runs if "cpu_seconds" in run]
+    if not measured:
+        return " | "
+    seconds = statistics.mean(run["cpu_seconds"] for run in measured)
+    return f"{seconds:.0f} | {statistics.mean(run['peak_rss_bytes'] for run in measured) / 2**30:.2f}"
 
 
 def markdown(results: list[dict], versions: dict[str, str]) -> str:
     """One line per row, mean over seeds."""
     lines = [
-        "| | code bits | true bits | mean KL | ΔNLL ± s.e. | top-1 agreement | bits above limit | seeds | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | group | true bits | mean KL | ΔNLL ± s.e. | top-1 agreement | above limit | seeds | CPU s | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for bits, label in dict.fromkeys((result["bits"], result["label"]) for result in results):
         runs = [result for result in results if (result["bits"], result["label"]) == (bits, label)]
-        mean = {
-            name: statistics.mean(run[name] for run in runs) for name in runs[0] if isinstance(runs[0][name], float)
-        }
+        mean = {name: statistics.mean(run[name] for run in runs) for name in _SHOWN}
         spread = f" ({min(r['kl'] for r in runs):.5f}–{max(r['kl'] for r in runs):.5f})" if len(runs) > 1 else ""
         above = statistics.mean(value for run in runs for value in run["bits_above_limit_by_projection"])
         lines.append(
             f"| {label} | {bits} | {mean['bits_per_weight']:.3f} | {mean['kl']:.5f}{spread} | "
             f"{mean['delta_nll']:+.4f} ± {mean['delta_nll_stderr']:.4f} | {100 * mean['agreement']:.2f} % | "
-            f"{above:.2f} | {len(runs)} | {mean['seconds']:.0f} |"
+            f"{above:.2f} | {len(runs)} | {cost(runs)} |"
         )
     threads = torch.get_num_threads()
     described = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return (
-        "\n".join(lines)
-        + f"\n\nMade by `python eval/fixture_table.py` ({described}; seconds on {threads} CPU threads).\n"
-    )
+    return "\n".join(lines) + f"\n\nMade by `python eval/fixture_table.py` ({described}; {threads} CPU thread).\n"
 
 
 def readme_table(results: list[dict]) -> str:
@@ -137,7 +176,7 @@ def readme_table(results: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         "| original (bfloat16) | 16 | 0 | 0 | 100 % | 16 | 0 | 0 | 100 % |",
     ]
-    for label in dict.fromkeys(result["label"] for result in results):
+    for label in FIRST_SCREEN:
         cells = [label]
         for bits in (2, 3):
             runs = [result for result in results if (result["bits"], result["label"]) == (bits, label)]
@@ -174,8 +213,14 @@ def main() -> None:
     parser.add_argument("--text", default="test", choices=("test", "validation"), help="choices are made on validation")
     parser.add_argument("--only", nargs="+", help="labels of the rows to measure")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "fixture.json")
+    parser.add_argument("--quantize", nargs=4, help=argparse.SUPPRESS)  # label, group, seed, output: see measure
     parser.add_argument("--fresh", action="store_true", help="measure rows again that the file already has")
     options = parser.parse_args()
+    if options.quantize:
+        label, group, seed, output = options.quantize
+        row = next(row for row in rows(int(group)) if row.label == label)
+        quantize(row, int(group), int(seed), Path(output))
+        return
 
     versions = {"kbvq": kbvq.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     versions["python"] = platform.python_version()

@@ -8,7 +8,7 @@ projection alone; this is where gate, up and down, and the experts of one token,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,16 @@ from tqdm import tqdm
 
 from kbvq.calibration import LayerRunner, ObservedBank
 from kbvq.errors import NumericalError
-from kbvq.packing import decode_factors, unpack_stages
-from kbvq.structures import InputMoments, PackedProjection
+from kbvq.expert_forward import ExpertWeights, run_bank
+from kbvq.packing import (
+    codeword_places,
+    decode_codes,
+    decode_factors,
+    store_tables,
+    table_values,
+    weight_signs,
+)
+from kbvq.structures import PROJECTIONS, InputMoments, PackedBank, PackedProjection
 
 TOKENS_PER_STEP = 2048
 """Calibration tokens in one step of Adam."""
@@ -34,37 +42,99 @@ class TrainableProjection(nn.Module):
         super().__init__()
         format, tensors = packed.format, packed.tensors
         self.packed = packed
-        codes = unpack_stages(tensors["codes"], format.num_stages, format.num_vectors, format.codebook_size)
-        if format.num_codebooks > 1:  # one table for all experts, each with a part of its own
-            codes = codes + format.codebook_size * torch.arange(format.num_experts, device=codes.device).view(-1, 1, 1)
-        self.codes = codes
-        self.continuous = nn.ParameterDict(
-            {name: nn.Parameter(tensors[name].float()) for name in ("codebook", "scale", "bias") if name in tensors}
-        )
-        self.low_rank: Tensor | None = None
+        continuous = {name: tensors[name].float() for name in ("scale", "column_scale", "bias") if name in tensors}
+        experts = range(format.num_experts)
+        self.fixed: Tensor | None = None  # what is not trained of the weights before the scale multiplies
+        if format.codebook == "trellis":
+            self.fixed = torch.stack([decode_codes(format, tensors, expert) for expert in experts])
+        else:
+            continuous["codebook"] = table_values(tensors)
+            places = [codeword_places(format, tensors, expert).int() for expert in experts]
+            self.places = torch.stack(places, 1)  # [num_stages, num_experts, out_features, num_vectors]
+            self.negative = (
+                torch.stack([weight_signs(format, tensors, e) < 0 for e in experts]) if format.signed else None
+            )
+        self.continuous = nn.ParameterDict({name: nn.Parameter(value) for name, value in continuous.items()})
         if format.rank:
             coefficients, basis = decode_factors(tensors)
-            self.low_rank = coefficients @ basis
+            low_rank = coefficients @ basis
+            self.fixed = low_rank if self.fixed is None else self.fixed + low_rank
 
     def weights(self) -> Tensor:
         """Decoded weights of all experts, [num_experts, out_features, in_features] float32, differentiable."""
-        codebook = self.continuous["codebook"]
-        decoded = sum(F.embedding(codes, codebook[:, stage].flatten(0, 1)) for stage, codes in enumerate(self.codes))
-        weights = decoded.flatten(-2)
-        if self.low_rank is not None:
-            weights = weights + self.low_rank
+        weights: Tensor | None = None
+        if "codebook" in self.continuous:
+            flat = self.continuous["codebook"].flatten(0, 2)
+            weights = sum(F.embedding(places, flat) for places in self.places).flatten(-2)
+            if self.negative is not None:
+                weights = torch.where(self.negative, -weights, weights)
+        if self.fixed is not None:
+            weights = self.fixed if weights is None else weights + self.fixed
+        if "column_scale" in self.continuous:
+            weights = weights * self.continuous["column_scale"]
         return weights * self.continuous["scale"][..., None] if "scale" in self.continuous else weights
 
     def bias(self) -> Tensor | None:
         return self.continuous["bias"] if "bias" in self.continuous else None
 
     def pack(self) -> PackedProjection:
-        """The projection with its tuned values, rounded to float16. Raises NumericalError if one left its range."""
-        tuned = {name: parameter.detach().half() for name, parameter in self.continuous.items()}
+        """The projection with its tuned values, rounded as stored. Raises NumericalError if one left float16's
+        range."""
+        tuned = {name: parameter.detach() for name, parameter in self.continuous.items()}
+        if "codebook" in tuned:
+            if self.packed.format.signed:  # the table holds magnitudes
+                tuned["codebook"] = tuned["codebook"].clamp_min(0)
+            tuned |= store_tables(tuned.pop("codebook"), self.packed.format.codebook_dtype)
+        tuned = {name: value if value.dtype == torch.int8 else value.half() for name, value in tuned.items()}
         for name, tensor in tuned.items():
             if not torch.isfinite(tensor).all():
                 raise NumericalError(f"tuning drove {name} out of the range of float16; use fewer steps or none")
         return PackedProjection(self.packed.format, self.packed.tensors | tuned)
+
+
+class TrainableBank(nn.Module):
+    """Stands in for the module of a packed bank, decoding its trainable projections in every forward pass."""
+
+    def __init__(self, bank: PackedBank, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bank = bank
+        self.activation = activation
+        self.projections = nn.ModuleDict({name: TrainableProjection(getattr(bank, name)) for name in PROJECTIONS})
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        dtype = hidden_states.dtype
+        weights = [self.projections[name].weights().to(dtype) for name in PROJECTIONS]
+        biases = [
+            None if bias is None else bias.to(dtype) for bias in (self.projections[n].bias() for n in PROJECTIONS)
+        ]
+
+        def of_expert(expert: int) -> ExpertWeights:
+            (gate_up, gate_up_bias), (down, down_bias) = (
+                (weight[expert], None if bias is None else bias[expert])
+                for weight, bias in zip(weights, biases, strict=True)
+            )
+            return gate_up, gate_up_bias, down, down_bias
+
+        return run_bank(hidden_states, top_k_index, top_k_weights, len(weights[0]), of_expert, self.activation)
+
+    def pack(self) -> PackedBank:
+        packed = {name: self.projections[name].pack() for name in PROJECTIONS}
+        return PackedBank(self.bank.path, self.bank.kind, **packed)
+
+
+def parameter_group(parameter: nn.Parameter, learning_rate: float, size: float | None = None) -> dict[str, object]:
+    """A group for Adam whose learning rate is relative to `size`, by default the parameter's root mean square."""
+    size = parameter.detach().square().mean().sqrt().item() if size is None else size
+    return {"params": [parameter], "lr": learning_rate * max(size, 1e-8), "eps": 1e-11}
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises over a few steps, then falls to zero as a cosine."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
 
 
 def tune_banks(
@@ -92,14 +162,10 @@ def tune_banks(
     for bank, projections in trainable.items():
         for name, projection in projections.items():
             for kind, parameter in projection.continuous.items():
-                size = parameter.detach().square().mean().sqrt().item()
-                if kind == "bias":
-                    size = _BIAS_SHARE * _output_size(projection, moments[bank][name])
-                groups.append({"params": [parameter], "lr": learning_rate * max(size, 1e-8), "eps": 1e-11})
+                size = _BIAS_SHARE * _output_size(projection, moments[bank][name]) if kind == "bias" else None
+                groups.append(parameter_group(parameter, learning_rate, size))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    schedule = cosine_schedule(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     rows = windows_per_step(inputs.shape[1], len(inputs))
     waiting = torch.empty(0, dtype=torch.int64)

@@ -6,12 +6,13 @@ by projection, the quantized ones (the student), with the moments of the inputs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from kbvq.expert_forward import run_experts
+from kbvq.expert_forward import run_bank
+from kbvq.moe_adapters import ExpertBank, bank_activation, bank_weights
 from kbvq.packing import dequantize_expert
 from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
 
@@ -30,6 +31,8 @@ class ObservedBank(nn.Module):
         self.num_experts = len(self.weights["down_proj"])
         self.dtype = self.weights["down_proj"].dtype
         self.moments: dict[str, InputMoments] = {}
+        self.peaks = torch.zeros(self.num_experts, device=self.weights["down_proj"].device)
+        """Largest absolute output of each expert while moments were gathered, [num_experts] float32."""
         self.by_routing = False
 
     def watch_(self, *projections: str, by_routing: bool = False) -> None:
@@ -42,6 +45,25 @@ class ObservedBank(nn.Module):
             name: InputMoments.zeros(self.num_experts, self.weights[name].shape[-1], self.weights[name].device)
             for name in projections
         }
+
+    def sort_channels_(self, moments: InputMoments, vector_dim: int) -> Tensor:
+        """Reorder the intermediate channels of each expert, which changes nothing that the bank computes: the rows of
+        gate and up and the columns of down move together.
+
+        Every expert has strong and weak channels of its own. Single channels (vector_dim 1) are put in descending order
+        of energy, in which errors are fed back best. The vectors of a vector code get one channel from each of
+        `vector_dim` equal parts of that order: with the metric of the inputs, the search for the nearest codeword then
+        spends the bits of a vector on its strong channels.
+
+        moments: of the inputs of down_proj. Returns the order, [num_experts, intermediate_size] int64.
+        """
+        order = moments.outer_sum.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        order = order.unflatten(1, (vector_dim, -1)).mT.flatten(1)
+        rows = torch.cat([order, order + order.shape[1]], 1)[..., None]
+        gate_up, down = self.weights["gate_up_proj"], self.weights["down_proj"]
+        self.weights["gate_up_proj"] = gate_up.gather(1, rows.expand(-1, -1, gate_up.shape[2]))
+        self.weights["down_proj"] = down.gather(2, order[:, None].expand(-1, down.shape[1], -1))
+        return order
 
     def use_(self, projection: str, packed: PackedProjection) -> None:
         """Compute with the quantized projection from now on."""
@@ -56,20 +78,9 @@ class ObservedBank(nn.Module):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        tokens = hidden_states.flatten(0, -2)
-        if top_k_index is None or top_k_weights is None:  # a shared expert: every token, weight one
-            top_k_index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
-            top_k_weights = torch.ones(len(tokens), 1, device=tokens.device)
-        output = run_experts(
-            tokens,
-            top_k_index,
-            top_k_weights,
-            num_experts=self.num_experts,
-            expert_weights=self._expert_weights,
-            activation=self.activation,
-            observe=self._observe if self.moments else None,
-        )
-        return output.view(hidden_states.shape)
+        observe = self._observe if self.moments else None
+        weights, activation = self._expert_weights, self.activation
+        return run_bank(hidden_states, top_k_index, top_k_weights, self.num_experts, weights, activation, observe)
 
     def _expert_weights(self, expert: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         (gate_up, gate_up_bias), (down, down_bias) = (
@@ -77,7 +88,10 @@ class ObservedBank(nn.Module):
         )
         return gate_up, gate_up_bias, down, down_bias
 
-    def _observe(self, expert: int, gate_up_inputs: Tensor, down_inputs: Tensor, routing_weights: Tensor) -> None:
+    def _observe(
+        self, expert: int, gate_up_inputs: Tensor, down_inputs: Tensor, outputs: Tensor, routing_weights: Tensor
+    ) -> None:
+        self.peaks[expert] = torch.maximum(self.peaks[expert], outputs.abs().max())
         for name, inputs in zip(PROJECTIONS, (gate_up_inputs, down_inputs), strict=True):
             if name in self.moments:
                 self.moments[name].add_(expert, inputs, routing_weights, by_routing=self.by_routing)
@@ -109,3 +123,29 @@ class LayerRunner:
     def batch(self, hidden_states: Tensor) -> Tensor:
         """Output for a batch of at most `batch_size` windows, on `device`; differentiable."""
         return self.layer(hidden_states.to(self.device), **self.layer_kwargs(len(hidden_states)))
+
+
+def observe_banks(layer: nn.Module, layer_path: str, banks: Iterable[ExpertBank]) -> dict[ExpertBank, ObservedBank]:
+    """Put observed banks where the modules of these banks are in a decoder layer, which is at `layer_path`."""
+    observed = {}
+    for bank in banks:
+        path = bank.path.removeprefix(f"{layer_path}.")
+        original = layer.get_submodule(path)
+        observed[bank] = ObservedBank(bank_weights(original, bank), bank_activation(original))
+        layer.set_submodule(path, observed[bank])
+    return observed
+
+
+def run_and_watch(
+    run: LayerRunner,
+    hidden_states: Tensor,
+    observed: Mapping[ExpertBank, ObservedBank],
+    projections: tuple[str, ...],
+    *,
+    by_routing: bool,
+) -> tuple[Tensor, dict[ExpertBank, dict[str, InputMoments]]]:
+    """The layer's outputs, and the moments of the inputs of these projections by bank."""
+    for module in observed.values():
+        module.watch_(*projections, by_routing=by_routing)
+    outputs = run(hidden_states)
+    return outputs, {bank: module.moments for bank, module in observed.items()}

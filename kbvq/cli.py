@@ -16,7 +16,7 @@ from kbvq.calibration_text import DEFAULT_CALIBRATION
 from kbvq.checkpoint import inspect_checkpoint, verify_checkpoint
 from kbvq.errors import KbvqError
 from kbvq.pipeline import QuantizeOptions, quantize_model
-from kbvq.recipes import BITS, RECIPE_NAMES, make_recipe
+from kbvq.recipes import CODES, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     quantize.add_argument(
-        "--bits", type=float, default=2, help=f"code bits per weight, one of {sorted(BITS)} (default: 2)"
+        "--bits",
+        type=float,
+        default=2,
+        help=f"bits per expert weight with everything stored, any number from {MIN_BITS} to {MAX_BITS}; with --recipe "
+        "paper or --no-budget: code bits, 1, 2, 3 or 4 (default: %(default)s)",
     )
     quantize.add_argument("--recipe", default="default", help=f"{' or '.join(RECIPE_NAMES)} (default: %(default)s)")
     quantize.add_argument("--samples", type=int, default=128, help="calibration windows (default: %(default)s)")
@@ -64,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--no-idre", dest="idre", action="store_false", help="no shared low-rank basis")
     quantize.add_argument("--no-klt", dest="klt", action="store_false", help="shared basis by plain SVD")
     quantize.add_argument("--no-bcos", dest="bcos", action="store_false", help="no output scale and bias correction")
+    quantize.add_argument(
+        "--no-budget", dest="budget", action="store_false", help="the same code bits for every projection"
+    )
+    quantize.add_argument("--codebook", choices=tuple(CODES), help="code format (default: the recipe's)")
     quantize.add_argument(
         "--codebook-scope", choices=("expert", "bank"), help="a codebook for each expert, or one for all of a layer"
     )
@@ -96,16 +104,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    changes: dict[str, object] = {name: False for name in ("idre", "klt", "bcos") if not getattr(options, name)}
-    if options.codebook_scope:
-        changes["codebook_scope"] = options.codebook_scope
-    bits = int(options.bits) if options.bits == int(options.bits) else options.bits
+    changes: dict[str, object] = {
+        name: False for name in ("idre", "klt", "bcos", "budget") if not getattr(options, name)
+    }
+    for name in ("codebook", "codebook_scope"):
+        if getattr(options, name):
+            changes[name] = getattr(options, name)
     record = quantize_model(
         QuantizeOptions(
             model=options.model,
             output=options.output,
             calibration=options.calibration,
-            recipe=make_recipe(options.recipe, bits, **changes),
+            recipe=make_recipe(options.recipe, options.bits, **changes),
             samples=options.samples,
             sequence_length=options.sequence_length,
             seed=options.seed,

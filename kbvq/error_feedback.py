@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kbvq.codebooks import Codebook, Refit
 from kbvq.errors import NumericalError
-from kbvq.kmeans import nearest_codewords
 
 _BLOCK = 128  # channels whose feedback from earlier blocks is computed in one product, as in GPTQ
 
@@ -47,26 +47,39 @@ def channel_order(second_moment: Tensor, vector_dim: int) -> Tensor:
     return (first[:, None] + torch.arange(vector_dim, device=first.device)).flatten()
 
 
+def target_variances(factor: Tensor, variances: Tensor, distortion: float) -> Tensor:
+    """Variance of the targets that error feedback makes of weights of known variance, channel by channel.
+
+    A channel is coded together with what the errors before it leave to it, so targets vary more than weights, the last
+    channels most. With white errors of variance `distortion` · V_l · M_ll² in the coordinates of M, the target of
+    channel j is the weight minus Σ_{l<j} (coordinate l) (M⁻¹)_lj, so V_j = variance_j + distortion · Σ_{l<j} (M⁻¹)²_lj
+    M_ll² V_l.
+
+    factor: M, upper triangular, [..., n, n]. variances: [..., n], of the weights, in the same order. Returns [..., n].
+    """
+    identity = torch.eye(factor.shape[-1], device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand(factor.shape), upper=True)
+    passed = distortion * inverse.square() * factor.diagonal(dim1=-2, dim2=-1).square()[..., None]
+    unit_lower = identity - passed.triu(1).mT  # V = variances + passedᵀ V
+    solved = torch.linalg.solve_triangular(unit_lower, variances[..., None], upper=False, unitriangular=True)
+    return solved[..., 0]
+
+
 def encode_with_feedback(
-    weights: Tensor, factor: Tensor, codebooks: Tensor, scale: Tensor, *, refit: bool
-) -> tuple[Tensor, Tensor]:
-    """Codes of all experts of a bank in coding order, and the codebooks refitted to them.
+    weights: Tensor, factor: Tensor, codebook: Codebook, scale: Tensor, refit: Refit | None = None
+) -> Tensor:
+    """Codes of all experts of a bank in coding order.
 
     weights: [E, out_features, n] float32, channels in coding order. factor: M of each expert, [E, n, n].
-    codebooks: [E or 1, codebook_size, vector_dim] float32. scale: [E, out_features] > 0; ŵ = scale · codeword.
-    Returns (codes [E, out_features, n / vector_dim] int64, codebooks). With `refit`, each codeword is the minimiser of
-    the weighted error of the targets that chose it (the maximisation step of Hessian-weighted EM); else as given.
+    scale: [E, out_features] > 0; ŵ = scale · decode(code). refit: takes part in every choice made (codebooks).
+    Returns int64 [num_planes, E, out_features, n / vector_dim].
     """
     num_experts, out_features, n = weights.shape
-    size, dim = codebooks.shape[1:]
-    shared = len(codebooks) == 1
-    each = codebooks.expand(num_experts, -1, -1)
-    codes = torch.empty(num_experts, out_features, n // dim, dtype=torch.int64, device=weights.device)
+    dim = codebook.vector_dim
+    shape = (codebook.num_planes, num_experts, out_features, n // dim)
+    codes = torch.empty(shape, dtype=torch.int64, device=weights.device)
     error = torch.empty_like(weights)  # W − Ŵ of the channels coded so far
     mass = scale.square()
-    offset = torch.arange(num_experts, device=weights.device)[:, None] * size
-    normal = torch.zeros(num_experts, size, dim, dim, device=weights.device)
-    right = torch.zeros(num_experts, size, dim, device=weights.device)
     for block in range(0, n, _BLOCK):
         end = min(block + _BLOCK, n)
         from_before = torch.bmm(error[..., :block], factor[:, :block, block:end])
@@ -77,32 +90,9 @@ def encode_with_feedback(
             carried = carried + torch.bmm(error[..., block:start], factor[:, block:start, start:stop])
             feedback = torch.linalg.solve_triangular(metric, carried, upper=True, left=False)
             target = (weights[..., start:stop] + feedback) / scale[..., None]
-            chosen = nearest_codewords(target @ metric, each @ metric)
+            chosen = codebook.encode(target, metric, mass)
             codes[..., start // dim] = chosen
-            decoded = each.gather(1, chosen[..., None].expand(-1, -1, dim))
-            error[..., start:stop] = weights[..., start:stop] - scale[..., None] * decoded
-            if refit:
-                cells = (chosen + offset).flatten()
-                cell_mass = mass.new_zeros(num_experts * size).index_add_(0, cells, mass.flatten())
-                sums = target.new_zeros(num_experts * size, dim)
-                sums.index_add_(0, cells, (target * mass[..., None]).flatten(0, 1))
-                square = metric @ metric.mT
-                normal += cell_mass.view(num_experts, size, 1, 1) * square[:, None]
-                right += sums.view(num_experts, size, dim) @ square
-    if not refit:
-        return codes, codebooks
-    if shared:
-        normal, right = normal.sum(0, keepdim=True), right.sum(0, keepdim=True)
-    return codes, _solve_codewords(normal, right, codebooks)
-
-
-def _solve_codewords(normal: Tensor, right: Tensor, codebooks: Tensor) -> Tensor:
-    """Codewords c with normal · c = right; a slight pull toward the old ones keeps empty and thin cells in place."""
-    dim = codebooks.shape[-1]
-    trace = normal.diagonal(dim1=-2, dim2=-1).sum(-1)
-    pull = torch.where(trace > 0, 1e-4 * trace / dim, torch.ones_like(trace))
-    identity = torch.eye(dim, device=normal.device)
-    solved = torch.linalg.solve(
-        (normal + pull[..., None, None] * identity).double(), (right + pull[..., None] * codebooks).double()
-    )
-    return solved.float()
+            error[..., start:stop] = weights[..., start:stop] - scale[..., None] * codebook.decode(chosen)
+            if refit is not None:
+                refit.add(chosen, target, metric, mass)
+    return codes

@@ -11,8 +11,9 @@ from torch import Tensor
 ExpertWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """gate_up_proj [2I, H], its bias [2I] or None, down_proj [H, I], its bias [H] or None."""
 
-Observer = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called as (expert, inputs of gate_up_proj [n, H], inputs of down_proj [n, I], routing weights [n])."""
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+"""Called as (expert, inputs of gate_up_proj [n, H], inputs of down_proj [n, I], outputs [n, H], routing weights
+[n])."""
 
 
 def run_experts(
@@ -31,7 +32,7 @@ def run_experts(
     top_k_index: [T, k] integers; those >= num_experts mark experts of another rank and are skipped.
     top_k_weights: [T, k], any float dtype.
     expert_weights: asked once per expert that has tokens, in ascending order, so weights can be made on demand.
-    observe: sees the inputs of both projections of every expert that has tokens.
+    observe: sees the inputs of both projections and the output of every expert that has tokens.
 
     Returns [T, H] in the dtype of `hidden_states`. Deterministic.
     """
@@ -53,8 +54,35 @@ def run_experts(
         gate_up_weight, gate_up_bias, down_weight, down_bias = expert_weights(expert)
         gate, up = F.linear(gate_up_inputs, gate_up_weight, gate_up_bias).chunk(2, dim=-1)
         down_inputs = activation(gate) * up
-        if observe is not None:
-            observe(expert, gate_up_inputs, down_inputs, routing_weights[chosen])
         expert_output = F.linear(down_inputs, down_weight, down_bias)
+        if observe is not None:
+            observe(expert, gate_up_inputs, down_inputs, expert_output, routing_weights[chosen])
         output.index_add_(0, tokens[chosen], expert_output.float() * routing_weights[chosen, None])
     return output.to(hidden_states.dtype)
+
+
+def run_bank(
+    hidden_states: Tensor,
+    top_k_index: Tensor | None,
+    top_k_weights: Tensor | None,
+    num_experts: int,
+    expert_weights: Callable[[int], ExpertWeights],
+    activation: Callable[[Tensor], Tensor],
+    observe: Observer | None = None,
+) -> Tensor:
+    """`run_experts` as modules are called: [..., H], and without routing for a shared expert, which every token meets
+    with weight one."""
+    tokens = hidden_states.flatten(0, -2)
+    if top_k_index is None or top_k_weights is None:
+        top_k_index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
+        top_k_weights = torch.ones(len(tokens), 1, device=tokens.device)
+    output = run_experts(
+        tokens,
+        top_k_index,
+        top_k_weights,
+        num_experts=num_experts,
+        expert_weights=expert_weights,
+        activation=activation,
+        observe=observe,
+    )
+    return output.view(hidden_states.shape)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kbvq.block_tuning import tune_banks
-from kbvq.calibration import LayerRunner, ObservedBank
+from kbvq.calibration import LayerRunner, ObservedBank, observe_banks, run_and_watch
 from kbvq.errors import NumericalError
-from kbvq.moe_adapters import ExpertBank, bank_activation, bank_weights
+from kbvq.moe_adapters import ExpertBank
 from kbvq.projection import quantize_projection, report_projection
 from kbvq.recipes import Recipe
-from kbvq.structures import PROJECTIONS, InputMoments, PackedBank, PackedProjection
+from kbvq.structures import PROJECTIONS, BankFormat, InputMoments, PackedBank, PackedProjection
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LayerResult:
 def quantize_layer(
     layer: nn.Module,
     layer_path: str,
-    banks: list[ExpertBank],
+    banks: dict[ExpertBank, BankFormat],
     recipe: Recipe,
     *,
     run: LayerRunner,
@@ -40,22 +40,27 @@ def quantize_layer(
 ) -> LayerResult:
     """Quantize the banks of a decoder layer, projection by projection, each for the inputs it will see.
 
-    layer: materialised, at `layer_path` of its model; its banks' modules are replaced. run: the layer on activations of
+    layer: materialised, at `layer_path` of its model; its banks' modules are replaced. banks: with the formats they are
+    to be stored in. run: the layer on activations of
     all windows. teacher, student: the layer's inputs in the original and in the quantized model, one tensor when they
     are still the same. down is quantized after gate and up, for the inputs that their quantized versions make.
     """
-    observed = {bank: _observe(layer, bank.path.removeprefix(f"{layer_path}."), bank) for bank in banks}
-    same_inputs, inputs = student is teacher, student
-    teacher, teacher_moments = _run_and_watch(run, teacher, observed, PROJECTIONS, recipe)
+    observed = observe_banks(layer, layer_path, banks)
+    same_inputs, inputs, by_routing = student is teacher, student, recipe.routing_weighted
+    teacher, teacher_moments = run_and_watch(run, teacher, observed, PROJECTIONS, by_routing=by_routing)
     if not banks:
         return LayerResult([], teacher, teacher if same_inputs else run(inputs), [])
+    if recipe.error_feedback:
+        for bank, module in observed.items():
+            order = module.sort_channels_(teacher_moments[bank]["down_proj"], banks[bank].down_proj.vector_dim)
+            teacher_moments[bank]["down_proj"] = teacher_moments[bank]["down_proj"].reorder(order)
     packed: dict[ExpertBank, dict[str, PackedProjection]] = {bank: {} for bank in banks}
     seen: dict[ExpertBank, dict[str, InputMoments]] = {bank: {} for bank in banks}
     original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
     for order, projection in enumerate(PROJECTIONS):
         moments = teacher_moments
         if order > 0 or not same_inputs:
-            _, moments = _run_and_watch(run, inputs, observed, (projection,), recipe)
+            _, moments = run_and_watch(run, inputs, observed, (projection,), by_routing=by_routing)
         for place, (bank, module) in enumerate(observed.items()):
             seen[bank][projection] = moments[bank][projection]
             try:
@@ -63,6 +68,7 @@ def quantize_layer(
                     original[bank][projection],
                     teacher_moments[bank][projection],
                     seen[bank][projection],
+                    getattr(banks[bank], projection),
                     recipe,
                     seed=_seed(seed, bank, place, order),
                 )
@@ -70,8 +76,8 @@ def quantize_layer(
                 raise NumericalError(f"{bank.path}.{projection}: {error}") from error
             module.use_(projection, packed[bank][projection])
     if recipe.tuning_steps:
-        packed = _tune(observed, packed, seen, run, inputs, teacher, recipe, seed=_seed(seed, banks[0], 0, 0))
-    student, _ = _run_and_watch(run, inputs, observed, (), recipe)
+        packed = _tune(observed, packed, seen, run, inputs, teacher, recipe, seed=_seed(seed, next(iter(banks)), 0, 0))
+    student, _ = run_and_watch(run, inputs, observed, (), by_routing=by_routing)
     reports = [_report(bank, original[bank], packed[bank], seen[bank], recipe) for bank in banks]
     on_cpu = {bank: {name: p.to("cpu") for name, p in projections.items()} for bank, projections in packed.items()}
     return LayerResult([PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks], teacher, student, reports)
@@ -119,28 +125,6 @@ def _report(
         for projection in PROJECTIONS
     }
     return {"path": bank.path, "tokens": moments["gate_up_proj"].tokens.tolist(), **reports}
-
-
-def _observe(layer: nn.Module, path: str, bank: ExpertBank) -> ObservedBank:
-    """Put an observed bank where the original one is."""
-    original = layer.get_submodule(path)
-    module = ObservedBank(bank_weights(original, bank), bank_activation(original))
-    layer.set_submodule(path, module)
-    return module
-
-
-def _run_and_watch(
-    run: LayerRunner,
-    hidden_states: Tensor,
-    observed: dict[ExpertBank, ObservedBank],
-    projections: tuple[str, ...],
-    recipe: Recipe,
-) -> tuple[Tensor, dict[ExpertBank, dict[str, InputMoments]]]:
-    """The layer's outputs, and the moments of the inputs of these projections by bank."""
-    for module in observed.values():
-        module.watch_(*projections, by_routing=recipe.routing_weighted)
-    outputs = run(hidden_states)
-    return outputs, {bank: module.moments for bank, module in observed.items()}
 
 
 def _seed(seed: int, bank: ExpertBank, place: int, order: int) -> int:

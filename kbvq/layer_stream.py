@@ -14,7 +14,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +152,8 @@ class LayerStream:
         """
         embedding = self.model.get_input_embeddings()
         if embedding.weight.is_meta:
-            self._materialize(next(name for name, module in self.model.named_modules() if module is embedding))
+            path = next(name for name, module in self.model.named_modules() if module is embedding)
+            self._materialize([name for name in self._skeleton if name.startswith(f"{path}.")])
         hidden_states: list[Tensor] = []
         layer_kwargs: list[dict] = []
 
@@ -184,13 +185,50 @@ class LayerStream:
         self.model.get_input_embeddings().to("meta")
         originals = {b.path: self.model.get_submodule(b.path) for b in self.banks if b.decoder_layer == index}
         try:
-            self._materialize(path)
+            self._materialize([name for name in self._skeleton if name.startswith(f"{path}.")])
             yield self._layers[index]
         finally:
             for bank_path, module in originals.items():
                 self.model.set_submodule(bank_path, module)
             self._layers[index].to("meta")
             _return_freed_memory()
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Everything outside the decoder layers with its weights, for `logits`, until the block is left."""
+        with self._materialized([name for name in self._skeleton if not name.startswith(f"{self.layers_path}.")]):
+            yield
+
+    @contextmanager
+    def whole(self, banks: Mapping[str, nn.Module]) -> Iterator[PreTrainedModel]:
+        """The model with all its weights outside the banks, and these modules in the banks' places by their paths,
+        until the block is left."""
+        prefixes = tuple(f"{path}." for path in banks)
+        originals = {path: self.model.get_submodule(path) for path in banks}
+        try:
+            for path, module in banks.items():
+                self.model.set_submodule(path, module)
+            with self._materialized([name for name in self._skeleton if not name.startswith(prefixes)]):
+                yield self.model
+        finally:
+            for path, module in originals.items():
+                self.model.set_submodule(path, module)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """What the model makes of the last decoder layer's output: [B, S, H] -> [B, S, vocabulary], differentiable.
+
+        Inside `head` or `whole` only.
+        """
+        own = [layer.__dict__.get("forward") for layer in self._layers]
+        for layer in self._layers:  # the model's own forward, with its norm, head and scaling, around no layers
+            layer.forward = lambda states, **kwargs: hidden_states
+        try:
+            return self.model(inputs_embeds=hidden_states, use_cache=False).logits
+        finally:
+            for layer, forward in zip(self._layers, own, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     def layer_tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of decoder layer `index` outside its banks, by their names in the model, in the dtype stored."""
@@ -286,21 +324,35 @@ class LayerStream:
         with self._open_shards() as fetch:
             return {name: self._assemble(name, fetch) for name in names}
 
-    def _materialize(self, path: str) -> None:
-        """Give every parameter and buffer under a module path its weights."""
+    def _materialize(self, names: list[str]) -> None:
+        """Give these parameters and buffers their weights."""
         with self._open_shards() as fetch:
-            for name in self._skeleton:
-                if not name.startswith(f"{path}."):
-                    continue
+            for name in names:
+                stored = name if name in self._sources else self._tied[name]
                 dtype = torch.float32 if self._keeps_float32(name) else self._skeleton[name].dtype
                 # Cast once fused: a copy of each expert in a wider dtype would cost more memory than the layer itself.
-                tensor = self._assemble(name, lambda key: fetch(key).to(self.device)).to(dtype)
+                tensor = self._assemble(stored, lambda key: fetch(key).to(self.device)).to(dtype)
                 owner, _, leaf = name.rpartition(".")
-                module = self.model.get_submodule(owner)
-                if leaf in module._buffers:
-                    module._buffers[leaf] = tensor
-                else:
-                    module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                self._put(self.model.get_submodule(owner), leaf, tensor)
+
+    @contextmanager
+    def _materialized(self, names: list[str]) -> Iterator[None]:
+        """These parameters and buffers with their weights until the block is left."""
+        try:
+            self._materialize(names)
+            yield
+        finally:
+            for name in names:
+                owner, _, leaf = name.rpartition(".")
+                self._put(self.model.get_submodule(owner), leaf, self._skeleton[name])
+            _return_freed_memory()
+
+    @staticmethod
+    def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def _keeps_float32(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self._float32)

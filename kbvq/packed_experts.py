@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -70,6 +71,9 @@ class PackedBankModule(nn.Module):
         needs_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
         if self.activation_name is not None and hidden_states.device.type in ("cpu", "cuda") and not needs_gradient:
             prepared = self._kernel_projections(hidden_states.dtype)
+            if self.format.gate_up_proj.has_column_scale:
+                column_scale = self.projection_tensors("gate_up_proj")["column_scale"]
+                hidden_states = hidden_states * column_scale.to(hidden_states.dtype)
             return kbvq_kernels.moe_forward(
                 hidden_states, top_k_index, top_k_weights, *prepared, activation=self.activation_name
             )
@@ -86,7 +90,11 @@ class PackedBankModule(nn.Module):
         )
 
     def _kernel_projections(self, dtype: torch.dtype) -> list[PreparedProjection]:
-        """Both projections as the kernels read them; made at the first call, and again when a buffer has changed."""
+        """Both projections as the kernels read them; made at the first call, and again when a buffer has changed.
+
+        The kernels know no column scales: those of gate_up_proj multiply its inputs, those of down_proj the rows of up,
+        which make its inputs.
+        """
         if torch.compiler.is_compiling() and self._prepared is not None:
             return self._prepared[1]
         tensors = [self.projection_tensors(projection) for projection in PROJECTIONS]
@@ -97,6 +105,8 @@ class PackedBankModule(nn.Module):
                 kbvq_kernels.prepare(named, **self.projection_format(projection).to_dict(), dtype=dtype)
                 for projection, named in zip(PROJECTIONS, tensors, strict=True)
             ]
+            if self.format.down_proj.has_column_scale:
+                made[0] = _scale_up_rows(made[0], tensors[1]["column_scale"])
             if hasattr(self, "_hf_hook"):  # accelerate may take the buffers away again: keep no reference to them
                 return made
             self._prepared = (state, made)
@@ -108,6 +118,16 @@ class PackedBankModule(nn.Module):
             f"{name}=[{f.num_experts}, {f.out_features}, {f.in_features}] in {8 * f.num_bytes / f.num_weights:.3f} bits"
             for name, f in formats.items()
         )
+
+
+def _scale_up_rows(gate_up: PreparedProjection, column_scale: Tensor) -> PreparedProjection:
+    """gate_up_proj with the rows of up, the second half, multiplied by column_scale [intermediate_size]; in float32, so
+    that the product of two stored scales is not rounded again."""
+    rows = torch.cat([torch.ones_like(column_scale), column_scale]).float()
+    scaled = {
+        name: t if t is None else t.float() * rows for name, t in (("scale", gate_up.scale), ("bias", gate_up.bias))
+    }
+    return dataclasses.replace(gate_up, **scaled)
 
 
 class PackedExperts(PackedBankModule):

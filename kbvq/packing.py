@@ -2,7 +2,8 @@
 
 Bytes of one row, per stage: a *byte plane* with the low 8 bits of each code and, for 12-bit codes, a
 *nibble plane* with the high 4 bits, vector 2j in the low nibble and vector 2j+1 in the high one (the
-last high nibble is zero when the number of vectors is odd). Planes keep every read byte-aligned.
+last high nibble is zero when the number of vectors is odd). Signed codes end with a *sign plane*, a bit per weight.
+Planes keep every read byte-aligned. The bit stream of a trellis code is laid out by `TrellisCode.pack`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kbvq.errors import ConfigError
 from kbvq.structures import INDEX_BITS, ProjectionFormat
+from kbvq.trellis import TrellisCode
 
 
 def pack_codes(codes: Tensor, codebook_size: int) -> Tensor:
@@ -55,27 +57,92 @@ def unpack_stages(packed: Tensor, num_stages: int, num_vectors: int, codebook_si
     return torch.stack([unpack_codes(p, num_vectors, codebook_size) for p in packed.chunk(num_stages, dim=-1)])
 
 
+def pack_bits(bits: Tensor) -> Tensor:
+    """bool [..., n] with n a multiple of 8 -> uint8 [..., n / 8], element k in bit k mod 8 of byte k // 8."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.to(torch.uint8).unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor) -> Tensor:
+    """Inverse of `pack_bits`: uint8 [..., n / 8] -> bool [..., n]."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> places & 1).bool().flatten(-2)
+
+
+def store_tables(tables: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Tables [..., size, d] as stored: "codebook" in float16, or in int8 with "codebook_scale" [...] float16."""
+    if dtype == "float16":
+        return {"codebook": tables.half()}
+    smallest = torch.finfo(torch.float16).smallest_normal
+    scale = (tables.abs().amax((-2, -1)) / 127).clamp_min(smallest).half()
+    codebook = (tables / scale.float()[..., None, None]).round().clamp(-127, 127).to(torch.int8)
+    return {"codebook": codebook, "codebook_scale": scale}
+
+
+def table_values(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Codewords of stored tables, [num_codebooks, num_tables, codebook_size, vector_dim] float32."""
+    tables = tensors["codebook"].float()
+    if "codebook_scale" in tensors:
+        tables = tables * tensors["codebook_scale"].float()[..., None, None]
+    return tables
+
+
+def codeword_places(format: ProjectionFormat, tensors: Mapping[str, Tensor], expert: int) -> Tensor:
+    """Where the codewords of an expert lie in the flattened tables: int64 [num_stages, out_features, num_vectors].
+
+    Tables are flattened to [num_codebooks · num_tables · codebook_size, vector_dim].
+    """
+    packed = tensors["codes"][expert]
+    if format.signed:
+        packed = packed[:, : -format.sign_bytes]
+    codes = unpack_stages(packed, format.num_stages, format.num_vectors, format.codebook_size).long()
+    book = expert if format.num_codebooks > 1 else 0
+    tables = torch.arange(format.num_stages, device=codes.device)[:, None, None]
+    if format.num_groups > 1:
+        group = F.embedding(codes[0], tensors["groups"][book].long()[:, None])[..., 0]
+        tables = torch.where(tables > 0, 1 + (tables - 1) * format.num_groups + group, tables)
+    return (book * format.num_tables + tables) * format.codebook_size + codes
+
+
+def weight_signs(format: ProjectionFormat, tensors: Mapping[str, Tensor], expert: int) -> Tensor | None:
+    """±1 of every weight of an expert, [out_features, in_features] float32; None for a format without sign bits."""
+    if not format.signed:
+        return None
+    return 1.0 - 2.0 * unpack_bits(tensors["codes"][expert][:, -format.sign_bytes :]).float()
+
+
+def decode_codes(format: ProjectionFormat, tensors: Mapping[str, Tensor], expert: int) -> Tensor:
+    """What the codes of an expert stand for, [out_features, in_features] float32."""
+    if format.codebook == "trellis":
+        code = TrellisCode(format.codebook_size.bit_length() - 1)
+        return code.decode(code.unpack(tensors["codes"][expert])).T.contiguous()
+    places, flat = codeword_places(format, tensors, expert), table_values(tensors).flatten(0, 2)
+    # F.embedding, not flat[places]: advanced indexing is ten times slower on a CPU.
+    weight = F.embedding(places[0], flat)
+    for stage in range(1, format.num_stages):
+        weight += F.embedding(places[stage], flat)
+    weight = weight.flatten(-2)
+    signs = weight_signs(format, tensors, expert)
+    return weight if signs is None else weight * signs
+
+
 def dequantize_expert(
     format: ProjectionFormat, tensors: Mapping[str, Tensor], expert: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The stored weight of one expert, `scale[:, None] * (decode(codes) + coefficients @ basis)`.
+    """The stored weight of one expert, `scale[:, None] * (decode(codes) + coefficients @ basis) * column_scale`.
 
     `tensors` are those of `format.tensors()`, on any device; float ones may have any float dtype, since
     `model.to(dtype)` casts them. Computed in float32, then cast.
 
     Returns [out_features, in_features] in `dtype`.
     """
-    codes = unpack_stages(tensors["codes"][expert], format.num_stages, format.num_vectors, format.codebook_size)
-    codebooks = tensors["codebook"][expert if format.num_codebooks > 1 else 0].float()
-    # F.embedding, not codebooks[stage][codes]: advanced indexing is ten times slower on a CPU.
-    weight = F.embedding(codes[0], codebooks[0])
-    for stage in range(1, format.num_stages):
-        weight += F.embedding(codes[stage], codebooks[stage])
-    weight = weight.flatten(-2)
+    weight = decode_codes(format, tensors, expert)
     if format.rank:
         weight = torch.addmm(weight, *decode_factors(tensors, expert))
     if format.has_scale:
         weight *= tensors["scale"][expert].float()[:, None]
+    if format.has_column_scale:
+        weight *= tensors["column_scale"].float()
     return weight.to(dtype)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,22 +19,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-import kbvq_kernels
 from kbvq.block_tuning import windows_per_step
 from kbvq.calibration import LayerRunner
 from kbvq.calibration_text import calibration_windows, load_texts
 from kbvq.checkpoint import FORMAT_VERSION, PackedCheckpointWriter, check_disk_space
+from kbvq.distillation import distill
 from kbvq.errors import ConfigError
 from kbvq.layer_quantization import quantize_layer
 from kbvq.layer_stream import LayerStream, resolve_model_folder
 from kbvq.moe_adapters import ExpertBank
+from kbvq.planning import BudgetPlan, budget_plan, check_budget, uniform_plan
 from kbvq.recipes import Recipe
-from kbvq.structures import PROJECTIONS, BankFormat, ProjectionFormat
+from kbvq.sensitivity import Sensitivity, Site, divergence, probe_layer
+from kbvq.structures import PROJECTIONS, BankFormat, PackedBank
 
 logger = logging.getLogger("kbvq")
 
 TOKENS_PER_BATCH = 8192
 """Tokens that run through a layer at once during calibration."""
+
+PROBE_BYTES = 1 << 30
+"""Memory for the disturbed activations from which the sensitivities are measured."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +80,34 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
     device = _device(options.device)
     folder = resolve_model_folder(options.model)
     stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
-    formats = [planned_bank(bank, options.recipe, stream.config.hidden_act) for bank in stream.banks]
+    plan = check_budget if options.recipe.budget else uniform_plan
+    formats = plan(stream.banks, options.recipe, stream.config.hidden_act)
     writer = PackedCheckpointWriter(options.output, overwrite=options.overwrite)
     check_disk_space(options.output.parent, _output_bytes(stream, formats))
     token_ids = _calibration_windows(options, stream, folder)
     stream.check_finite()
 
     windows = _Windows(stream, token_ids)
+    budget: BudgetPlan | None = None
+    if options.recipe.budget:
+        budget = _plan_within_budget(stream, windows, options)
+        formats = budget.formats
     teacher = student = windows.embedded
     layers: list[dict[str, object]] = []
     seconds: list[float] = []
     writer.add_shard(stream.outer_tensors())
+    waiting: list[PackedBank] = []  # for end-to-end tuning, after which alone they can be written
     for index in tqdm(range(stream.num_layers), desc="quantizing", unit="layer", disable=None):
         layer_started = time.perf_counter()
         with stream.layer(index) as layer:
             result = quantize_layer(
                 layer,
                 f"{stream.layers_path}.{index}",
-                [bank for bank in stream.banks if bank.decoder_layer == index],
+                {
+                    bank: format
+                    for bank, format in zip(stream.banks, formats, strict=True)
+                    if bank.decoder_layer == index
+                },
                 options.recipe,
                 run=windows.runner(layer, index),
                 teacher=teacher,
@@ -99,13 +115,18 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
                 seed=options.seed,
             )
         teacher, student = result.teacher, result.student
-        tensors = stream.layer_tensors(index)
-        for bank in result.banks:
-            tensors |= bank.state_dict()
-        writer.add_shard(tensors)
+        if options.recipe.distillation_steps:
+            waiting += result.banks
+        else:
+            _write_layer(writer, stream, index, result.banks)
         layers.append({"layer": index, "output_error": _relative_error(student, teacher), "banks": result.reports})
         seconds.append(time.perf_counter() - layer_started)
         _log_layer(layers[-1], seconds[-1])
+    if options.recipe.distillation_steps:
+        waiting = distill(stream, waiting, token_ids, teacher, options.recipe, seed=options.seed)
+        owner = {bank.path: bank.decoder_layer for bank in stream.banks}
+        for index in range(stream.num_layers):
+            _write_layer(writer, stream, index, [bank for bank in waiting if owner[bank.path] == index])
 
     num_weights = sum(getattr(f, p).num_weights for f in formats for p in PROJECTIONS)
     bits = 8 * sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS) / num_weights
@@ -124,6 +145,8 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
         "experts_with_few_tokens": _few_tokens(layers, options.recipe.few_tokens),
         "layers": layers,
     }
+    if budget is not None:
+        record["budget"] = budget.record
     writer.finish(
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
         banks=formats,
@@ -143,25 +166,51 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
     return record
 
 
-def planned_bank(bank: ExpertBank, recipe: Recipe, activation: str) -> BankFormat:
-    """How a bank will be stored under a recipe. Raises ConfigError, naming the bank, when it cannot be stored, or when
-    no kernel would serve it. activation: its name in the model's config."""
+def _write_layer(writer: PackedCheckpointWriter, stream: LayerStream, index: int, banks: list[PackedBank]) -> None:
+    """One shard with a decoder layer: its tensors as stored, and its packed banks."""
+    tensors = stream.layer_tensors(index)
+    for bank in banks:
+        tensors |= bank.state_dict()
+    writer.add_shard(tensors)
 
-    def projection(out_features: int, in_features: int) -> ProjectionFormat:
-        try:
-            format = recipe.projection_format(bank.num_experts, out_features, in_features)
-        except ConfigError as error:
-            raise ConfigError(f"{bank.path}: {error}") from error
-        if reason := kbvq_kernels.supports(**format.to_dict(), activation=activation):
-            raise ConfigError(f"{bank.path}: the kernels cannot serve it: {reason}")
-        return format
 
-    return BankFormat(
-        bank.path,
-        bank.kind,
-        gate_up_proj=projection(2 * bank.intermediate_size, bank.hidden_size),
-        down_proj=projection(bank.hidden_size, bank.intermediate_size),
-    )
+def _plan_within_budget(stream: LayerStream, windows: _Windows, options: QuantizeOptions) -> BudgetPlan:
+    """Walk through the original model once, to measure how sensitive its predictions are to errors in each
+    projection."""
+    recipe, hidden_states = options.recipe, windows.embedded
+    disturbed: dict[Site, Tensor] = {}
+    growth: dict[Site, dict[tuple[int, int], float]] = {}
+    bias_shares: dict[Site, float] = {}
+    peaks: dict[ExpertBank, Tensor] = {}
+    for index in tqdm(range(stream.num_layers), desc="measuring", unit="layer", disable=None):
+        with stream.layer(index) as layer, torch.no_grad():
+            probe = probe_layer(
+                layer,
+                f"{stream.layers_path}.{index}",
+                [bank for bank in stream.banks if bank.decoder_layer == index],
+                recipe,
+                run=windows.runner(layer, index),
+                inputs=hidden_states,
+                disturbed=disturbed,
+                num_probed=windows.num_probed,
+                bits=round(recipe.bits),
+                seed=options.seed + index,
+            )
+        hidden_states, disturbed = probe.outputs, probe.disturbed
+        growth |= probe.growth
+        bias_shares |= probe.bias_shares
+        peaks |= probe.peaks
+    reference = hidden_states[: windows.num_probed]
+    with stream.head(), torch.no_grad():
+        sensitivities = {
+            site: Sensitivity(divergence(stream.logits, reference, states), growth[site], bias_shares[site])
+            for site, states in disturbed.items()
+        }
+    plan = budget_plan(stream.banks, recipe, stream.config.hidden_act, sensitivities, peaks)
+    rows = plan.record["projections"]
+    counts = Counter(row["code_bits"] for row in rows)  # type: ignore[attr-defined]
+    logger.info("code bits: %s", ", ".join(f"{n} projections with {bits}" for bits, n in sorted(counts.items())))
+    return plan
 
 
 class _Windows:
@@ -174,6 +223,10 @@ class _Windows:
         # Tuning takes fewer windows at a time; like the last batch, those need arguments of their own.
         tuned = token_ids[: windows_per_step(token_ids.shape[1], len(token_ids))]
         self.layer_kwargs[len(tuned)] = stream.layer_inputs(tuned)[1]
+        # So are the windows that are probed: the activations of all projections are kept for them (sensitivity).
+        copies = 2 * len(stream.banks) * token_ids.shape[1] * stream.config.hidden_size * stream.dtype.itemsize
+        self.num_probed = max(1, min(self.batch_size, len(token_ids), PROBE_BYTES // copies))
+        self.layer_kwargs[self.num_probed] = stream.layer_inputs(token_ids[: self.num_probed])[1]
         batches = []
         for batch in token_ids.split(self.batch_size):
             hidden_states, self.layer_kwargs[len(batch)] = stream.layer_inputs(batch)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kbvq.bias_correction import bias_correction, output_moments
 from kbvq.errors import NumericalError
-from kbvq.packing import decode_factors, dequantize_expert, pack_codes
+from kbvq.packing import decode_factors, dequantize_expert
 from kbvq.rate_distortion import bits_above_limit, shannon_distortion, weighted_error, weighted_spectrum
 from kbvq.recipes import Recipe
 from kbvq.shared_basis import shared_low_rank
 from kbvq.structures import InputMoments, PackedProjection, ProjectionFormat
-from kbvq.vector_quantization import row_scales, vector_quantize
+from kbvq.vector_quantization import column_scales, row_scales, vector_quantize
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def quantize_projection(
     weights: Tensor,
     teacher: InputMoments,
     student: InputMoments,
+    format: ProjectionFormat,
     recipe: Recipe,
     *,
     seed: int,
@@ -47,10 +48,10 @@ def quantize_projection(
     weights: [num_experts, out_features, in_features] of the original model.
     teacher: moments of the inputs in the original model. student: of the inputs in the quantized model so far,
         which are those that the packed projection will see. Both on the device of `weights`.
+    format: how it will be stored, one that the recipe plans (Recipe.projection_format).
     Raises NumericalError when a stored value would overflow float16.
     """
     weights = weights.float()
-    format = recipe.projection_format(*weights.shape)
     tensors: dict[str, Tensor] = {}
     residual = weights
     if format.rank:
@@ -58,17 +59,21 @@ def quantize_projection(
         basis, coefficients = shared_low_rank(weights, moment, format.rank)
         residual = weights - coefficients @ basis
     scale = row_scales(residual) if recipe.row_scale else torch.ones_like(weights[..., 0])
+    columns = torch.ones_like(weights[0, 0])
+    if format.has_column_scale:
+        columns = column_scales(residual, recipe, recipe.distortion(format), scale=scale, moments=student)
+        tensors["column_scale"] = columns.half()
     if format.rank:
-        tensors |= _store_factors(basis, coefficients / scale[..., None], format.factor_dtype)
+        tensors |= _store_factors(basis / columns, coefficients / scale[..., None], format.factor_dtype)
         _check_finite(tensors)
         coefficients, basis = decode_factors(tensors)
-        residual = weights - scale[..., None] * (coefficients @ basis)
-    codes, codebooks = vector_quantize(residual, recipe, scale=scale, moments=student, seed=seed)
-    tensors |= {"codes": pack_codes(codes, format.codebook_size), "codebook": codebooks.unsqueeze(1)}
+        residual = weights - scale[..., None] * (coefficients @ basis) * columns
+    tensors |= vector_quantize(residual, format, recipe, scale=scale, column_scale=columns, moments=student, seed=seed)
     if format.has_scale:
-        tensors["scale"] = scale.half()
+        tensors["scale"] = scale.half() * weights.any(-1)  # not every code has a codeword of zeros for a row of zeros
     if recipe.bcos:
-        tensors |= _correct_outputs(weights, format, tensors, teacher, student, recipe.prior_tokens)
+        corrected = _correct_outputs(weights, format, tensors, teacher, student, recipe.prior_tokens)
+        tensors |= corrected if format.has_bias else {"scale": corrected["scale"]}
     elif recipe.row_scale:
         tensors["scale"] = _least_squares_scale(weights, format, tensors, student, recipe.prior_tokens)
     _check_finite(tensors)

@@ -8,28 +8,72 @@ from dataclasses import dataclass
 from kbvq.errors import ConfigError
 from kbvq.structures import ProjectionFormat
 
-BITS = {2: (4, 256), 3: (4, 4096), 4: (2, 256)}
-"""Code bits per weight -> (vector_dim, codebook_size)."""
+
+@dataclass(frozen=True)
+class Code:
+    """What codes of one rate are made of: fields of ProjectionFormat, and the mean squared error on unit-Gaussian
+    values (eval/codebook_benchmark.py), which tells how an error changes with the rate."""
+
+    vector_dim: int
+    codebook_size: int
+    distortion: float
+    num_stages: int = 1
+    signed: bool = False
+
+
+CODES: dict[str, dict[int, Code]] = {
+    "vq": {1: Code(8, 256, 0.325), 2: Code(4, 256, 0.098), 3: Code(4, 4096, 0.0265), 4: Code(2, 256, 0.0081)},
+    "sign-vq": {
+        1: Code(8, 256, 0.325),
+        2: Code(8, 256, 0.0958, signed=True),
+        3: Code(4, 256, 0.0267, signed=True),
+        4: Code(2, 256, 0.0081),
+    },
+    "rq": {
+        1: Code(8, 256, 0.325),
+        2: Code(8, 256, 0.0975, num_stages=2),
+        3: Code(8, 256, 0.0289, num_stages=3),
+        4: Code(4, 256, 0.0080, num_stages=2),
+    },
+    "trellis": {1: Code(1, 2, 0.285), 2: Code(1, 4, 0.0693), 3: Code(1, 8, 0.0180), 4: Code(1, 16, 0.0048)},
+}
+"""Codebook as asked for -> code bits per weight -> code. "sign-vq" is stored as "vq" with sign bits."""
+
+CODES["rq-moe"] = CODES["rq"]
+
+MIN_BITS, MAX_BITS = 1.5, 4.0
+"""True bits per weight that a budget can be set to."""
+
+NUM_GROUPS = 8
+"""Groups of the codewords of stage 0 of rq-moe: its tables then take at most 34 KiB at 2 bits."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How every bank of a model is quantized.
 
-    bits: code bits per weight; one of `BITS`. What is stored beside the codes comes on top.
+    bits: with a budget, the bits per expert weight with everything stored, any number from 1.5 to 4; without one, code
+        bits per weight (1, 2, 3 or 4), and what is stored beside the codes comes on top.
+    budget: choose the code bits of each projection, the rank of its shared basis, and whether it has a bias, for the
+        least predicted error within `bits` (planning); otherwise all projections are alike.
+    codebook: one of `CODES`.
     codebook_scope: "expert", one codebook per expert and projection as published, or "bank", one that all
         experts of a bank share per projection.
     row_scale: normalise each weight row by its root mean square before it is coded.
+    column_scale: normalise the channels too, by the deviation of what error feedback makes of them.
     idre, klt: low-rank structure shared by the experts is split off, in the basis of the input statistics (klt) or
         of a plain SVD.
-    rank_divisor: rank of the shared basis = in_features / rank_divisor, at least 1 (paper: 128).
-    factor_dtype: storage of basis and coefficients, "float16" or "int8".
+    rank_divisor: rank of the shared basis = in_features / rank_divisor, at least 1 (paper: 128). A budget may also
+    choose
+        none, twice or four times as much.
+    factor_dtype, codebook_dtype: storage of basis and coefficients, and of codewords: "float16" or "int8".
     bcos: scale and bias per output channel that restore the teacher's output statistics.
     error_feedback: code the channels in turn, each for the errors made before it, under the second moments of each
         expert's inputs (error_feedback), with the codebooks refitted `refits` times to the weighted error.
     damping: added to the diagonal of a second moment there, as a fraction of its mean.
     routing_weighted: a token counts in the moments by its squared routing weight.
     tuning_steps: steps of Adam on each layer's output (block_tuning), 0 for none; tuning_rate: their learning rate.
+    distillation_steps, distillation_rate: the same for end-to-end tuning of the whole model (distillation).
     kmeans_iterations: Lloyd iterations per codebook (paper: 100).
     max_vectors_per_codeword: k-means trains on a random subset of that many vectors per codeword; None for all.
     prior_tokens: virtual tokens by which an expert's moments are shrunk toward the pooled ones.
@@ -37,14 +81,17 @@ class Recipe:
     """
 
     name: str
-    bits: int
+    bits: float
+    budget: bool = False
     codebook: str = "vq"
     codebook_scope: str = "expert"
     row_scale: bool = False
+    column_scale: bool = False
     idre: bool = True
     klt: bool = True
     rank_divisor: int = 128
     factor_dtype: str = "float16"
+    codebook_dtype: str = "float16"
     bcos: bool = True
     error_feedback: bool = False
     refits: int = 2
@@ -52,16 +99,26 @@ class Recipe:
     routing_weighted: bool = False
     tuning_steps: int = 0
     tuning_rate: float = 5e-3
+    distillation_steps: int = 0
+    distillation_rate: float = 2e-3
     kmeans_iterations: int = 100
     max_vectors_per_codeword: int | None = None
     prior_tokens: float = 32.0
     few_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ConfigError(f"--bits {self.bits} is not supported; choose one of {sorted(BITS)}")
-        if self.codebook != "vq":
-            raise ConfigError(f"codebook {self.codebook!r} is not supported; choose vq")
+        if self.codebook not in CODES:
+            raise ConfigError(f"codebook {self.codebook!r} is not supported; choose one of {', '.join(CODES)}")
+        if self.budget and not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ConfigError(f"--bits {self.bits} is not supported; choose a number from {MIN_BITS} to {MAX_BITS}")
+        if not self.budget and self.bits not in CODES[self.codebook]:
+            raise ConfigError(
+                f"--bits {self.bits} is not supported without a budget; choose one of {sorted(CODES[self.codebook])}"
+            )
+        if self.column_scale and not self.error_feedback:
+            raise ConfigError("column scales are made for error feedback; switch both on or both off")
+        if self.codebook == "trellis" and not self.error_feedback:
+            raise ConfigError("codebook trellis needs error feedback; choose the recipe fast, default or best")
         if self.codebook_scope not in ("expert", "bank"):
             raise ConfigError(f"codebook_scope must be expert or bank, not {self.codebook_scope!r}")
         if self.factor_dtype not in ("float16", "int8"):
@@ -69,76 +126,119 @@ class Recipe:
         if self.rank_divisor < 1 or self.kmeans_iterations < 1 or self.prior_tokens < 0:
             raise ConfigError("rank_divisor and kmeans_iterations must be at least 1, prior_tokens at least 0")
 
-    @property
-    def vector_dim(self) -> int:
-        return BITS[self.bits][0]
+    def ranks(self, in_features: int) -> tuple[int, ...]:
+        """Ranks of the shared basis for inputs of that width: what a budget may choose, or the one there is."""
+        if not self.idre:
+            return (0,)
+        rank = max(1, in_features // self.rank_divisor)
+        return (0, rank, 2 * rank, 4 * rank) if self.budget else (rank,)
 
-    @property
-    def codebook_size(self) -> int:
-        return BITS[self.bits][1]
+    def projection_format(
+        self,
+        num_experts: int,
+        out_features: int,
+        in_features: int,
+        *,
+        bits: int | None = None,
+        rank: int | None = None,
+        bias: bool | None = None,
+    ) -> ProjectionFormat:
+        """How a projection of that shape is stored with so many code bits per weight, a shared basis of that rank, with
+        or without a bias.
 
-    def rank(self, in_features: int) -> int:
-        """Rank of the shared basis for inputs of that width; 0 without IDRE."""
-        return max(1, in_features // self.rank_divisor) if self.idre else 0
-
-    def projection_format(self, num_experts: int, out_features: int, in_features: int) -> ProjectionFormat:
-        """How a projection of that shape will be stored; known before any weight is read.
-
-        Raises ConfigError when the shape does not suit the recipe.
+        bits, rank, bias: None for what the recipe gives every projection (of several ranks, the first). Raises
+        ConfigError when the shape does not suit.
         """
-        vectors = out_features * in_features // self.vector_dim * (num_experts if self.codebook_scope == "bank" else 1)
-        if vectors < self.codebook_size:
+        code = CODES[self.codebook][int(self.bits) if bits is None else bits]
+        vectors = out_features * in_features // code.vector_dim * (num_experts if self.codebook_scope == "bank" else 1)
+        if vectors < code.codebook_size:
             raise ConfigError(
                 f"a {out_features}x{in_features} projection has {vectors} vectors for one codebook of "
-                f"{self.codebook_size}; use fewer --bits or --codebook-scope bank"
+                f"{code.codebook_size}; use fewer --bits or --codebook-scope bank"
             )
+        grouped = self.codebook == "rq-moe" and code.num_stages > 1
+        trellis = self.codebook == "trellis"
         return ProjectionFormat(
             num_experts=num_experts,
             out_features=out_features,
             in_features=in_features,
-            codebook=self.codebook,
-            vector_dim=self.vector_dim,
-            codebook_size=self.codebook_size,
-            num_codebooks=num_experts if self.codebook_scope == "expert" else 1,
+            codebook="vq" if self.codebook == "sign-vq" else self.codebook,
+            vector_dim=code.vector_dim,
+            codebook_size=code.codebook_size,
+            num_stages=code.num_stages,
+            num_codebooks=num_experts if self.codebook_scope == "expert" and not trellis else 1,
             has_scale=self.row_scale or self.bcos,
-            has_bias=self.bcos,
-            rank=self.rank(in_features),
+            has_bias=self.bcos if bias is None else bias,
+            rank=self.ranks(in_features)[0] if rank is None else rank,
             factor_dtype=self.factor_dtype,
+            signed=code.signed,
+            codebook_dtype="float16" if trellis else self.codebook_dtype,
+            num_groups=NUM_GROUPS if grouped else 1,
+            has_column_scale=self.column_scale,
         )
+
+    def candidates(
+        self, num_experts: int, out_features: int, in_features: int
+    ) -> dict[tuple[int, int], ProjectionFormat]:
+        """What a budget chooses from, by code bits and rank; rates that do not suit the shape are left out.
+
+        Raises ConfigError when none is left.
+        """
+        formats, shape, refusal = {}, (num_experts, out_features, in_features), None
+        for bits in CODES[self.codebook]:
+            for rank in self.ranks(in_features):
+                try:
+                    formats[bits, rank] = self.projection_format(*shape, bits=bits, rank=rank)
+                except ConfigError as error:
+                    refusal = error
+        if not formats and refusal is not None:
+            raise refusal
+        return formats
+
+    def distortion(self, format: ProjectionFormat) -> float:
+        """Mean squared error of a projection's code on unit-Gaussian values; that of the nearest rate."""
+        return CODES[self.codebook][round(8 * format.code_bytes / format.num_weights)].distortion
 
     def to_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
 
 
-_DEFAULT: dict[str, object] = {
+_FAST: dict[str, object] = {
+    "budget": True,
+    "codebook": "sign-vq",
     "codebook_scope": "bank",
     "row_scale": True,
+    "column_scale": True,
     "idre": False,
     "factor_dtype": "int8",
+    "codebook_dtype": "int8",
     "error_feedback": True,
-    "refits": 3,
+    "refits": 1,
+    "damping": 0.003,
     "routing_weighted": True,
     "kmeans_iterations": 20,
     "max_vectors_per_codeword": 64,
-    "prior_tokens": 256.0,
+    "prior_tokens": 64.0,
 }
 
 _RECIPES: dict[str, dict[str, object]] = {
     "paper": {},
-    "default": _DEFAULT,
-    "best": _DEFAULT | {"tuning_steps": 100},
+    "fast": _FAST,
+    "default": _FAST | {"refits": 5},
+    "best": _FAST | {"codebook": "trellis", "distillation_steps": 60},
 }
 
 RECIPE_NAMES = tuple(_RECIPES)
 
 
-def make_recipe(name: str, bits: int, **changes: object) -> Recipe:
+def make_recipe(name: str, bits: float, **changes: object) -> Recipe:
     """The recipe of that name at `bits`, with single fields replaced by `changes`.
 
-    "paper": KBVQ-MoE as published. "default": one codebook per bank and projection, row scales, second-order error
-    feedback, output correction. "best": that, and tuning on each layer's output.
+    "paper": KBVQ-MoE as published. "fast": a bit budget, one codebook with sign bits per bank and projection, row
+    scales, second-order error feedback, output correction. "default": that, with the codebooks refitted more often.
+    "best": a trellis code, and end-to-end tuning on the original model's predictions.
     Raises ConfigError on an unknown name or an unsupported value.
     """
     if name not in _RECIPES:
         raise ConfigError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPE_NAMES)}")
-    return dataclasses.replace(Recipe(name=name, bits=bits), **_RECIPES[name] | changes)  # type: ignore[arg-type]
+    return Recipe(name=name, bits=bits, **_RECIPES[name] | changes)  # type: ignore[arg-type]

@@ -50,22 +50,48 @@ def residual_encode(vectors: Tensor, codebooks: Tensor, *, beam: int = 1) -> Ten
     """
     if beam < 1:
         raise ConfigError(f"beam must be at least 1, not {beam}")
-    chunk = max(1, _CHUNK_FLOATS // (beam * codebooks.shape[1]))
-    return torch.cat([_beam_search(part, codebooks, beam) for part in vectors.float().split(chunk)])
+    return beam_search(vectors.float()[None], codebooks[None], beam=beam)[0]
 
 
-def _beam_search(vectors: Tensor, codebooks: Tensor, beam: int) -> Tensor:
+def beam_search(
+    vectors: Tensor, tables: Tensor, groups: Tensor | None = None, *, num_groups: int = 1, beam: int
+) -> Tensor:
+    """Codes of a batch of problems, each with tables of its own, by the `beam` best partial sums.
+
+    vectors: [B, n, d] float32. tables: [B, num_tables, K, d], one for each stage. groups: [B, K] int64, the group that
+    a codeword of stage 0 belongs to: then every later stage has a table for each group, and takes it from the vector's.
+    Returns [B, n, num_stages] int64.
+    """
+    # Stage 0 has one table, [B, K, d], each later stage one per group, side by side: [B, num_groups · K, d].
+    later = range(1, tables.shape[1], num_groups)
+    stages = [tables[:, 0], *(tables[:, first : first + num_groups].flatten(1, 2) for first in later)]
+    chunk = max(1, _CHUNK_FLOATS // (beam * stages[-1].shape[1]))
+    found = []
+    for problem, of_problem in enumerate(vectors):
+        own = [stage[problem] for stage in stages]
+        group_of = None if groups is None else groups[problem]
+        found.append(torch.cat([_beam_search(part, own, group_of, beam) for part in of_problem.split(chunk)]))
+    return torch.stack(found)
+
+
+def _beam_search(vectors: Tensor, stages: list[Tensor], groups: Tensor | None, beam: int) -> Tensor:
     n, dim = vectors.shape
-    num_stages, size, _ = codebooks.shape
+    size = len(stages[0])
     residual = vectors[:, None]  # [n, partial sums, d]
     codes = torch.empty(n, 1, 0, dtype=torch.int64, device=vectors.device)
-    for codebook in codebooks:
+    for stage, codebook in enumerate(stages):
         # ‖r − c‖² = ‖r‖² + ‖c‖² − 2 r·c for every partial sum and codeword
         scores = residual.square().sum(2)[..., None] + codebook.square().sum(1) - 2 * residual @ codebook.T
-        best = scores.flatten(1).topk(min(beam, scores[0].numel()), largest=False).indices
-        origin, code = best // size, best % size
-        codes = torch.cat([codes.gather(1, origin[..., None].expand(-1, -1, codes.shape[2])), code[..., None]], 2)
-        residual = residual.gather(1, origin[..., None].expand(-1, -1, dim)) - F.embedding(code, codebook)
+        if groups is not None and stage:
+            table = torch.arange(len(codebook), device=codes.device) // size
+            scores = scores.masked_fill(groups[codes[..., 0]][..., None] != table, torch.inf)
+        kept = min(beam, scores.shape[1] * size)  # so many of the scores are finite
+        best = scores.flatten(1).topk(kept, largest=False).indices
+        origin, place = best // len(codebook), best % len(codebook)
+        codes = torch.cat(
+            [codes.gather(1, origin[..., None].expand(-1, -1, codes.shape[2])), (place % size)[..., None]], 2
+        )
+        residual = residual.gather(1, origin[..., None].expand(-1, -1, dim)) - F.embedding(place, codebook)
     winner = residual.square().sum(2).argmin(1)
     return codes[torch.arange(n, device=codes.device), winner]
 

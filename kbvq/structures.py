@@ -22,6 +22,12 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 INDEX_BITS = {256: 8, 4096: 12}
 """Codebook size -> bits of one code; the sizes that `kbvq.packing` can store."""
 
+CODEBOOKS = ("vq", "rq", "rq-moe", "trellis")
+"""Names of the code formats; see `ProjectionFormat`."""
+
+TRELLIS_STATE_BITS = 12
+"""Bits of the stream that a value of a trellis code depends on (see `kbvq.trellis`)."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -41,13 +47,21 @@ class ProjectionFormat:
 
     The stored weight of expert e is
 
-        scale_e[:, None] * (decode(codes_e) + coefficients_e @ basis)      [out_features, in_features]
+        scale_e[:, None] * (decode(codes_e) + coefficients_e @ basis) * column_scale    [out_features, in_features]
 
     and the output is `weight @ x + bias_e`. A term whose tensors are absent is left out.
 
-    codebook: name of the code format ("vq": one codeword; "rq": the sum of `num_stages` codewords).
+    codebook: name of the code format.
+        "vq": a codeword for every `vector_dim` weights of a row. With `signed` the codebook holds magnitudes and each
+            weight has a sign bit of its own.
+        "rq": the sum of `num_stages` codewords, stage s from table s.
+        "rq-moe": the same, but the codeword of stage 0 belongs to one of `num_groups` groups, and the later stages
+            take theirs from the tables of that group.
+        "trellis": one value per weight, a function of a window of the expert's bit stream; a stream for each column,
+            down its rows. codebook_size 2^bits, vector_dim 1, no table is stored.
     num_codebooks: 1 when the bank shares a codebook, `num_experts` when each expert has its own.
     rank: rows of the shared low-rank basis, 0 for none.
+    codebook_dtype: "float16", or "int8" with one float16 scale per table.
     factor_dtype: "float16", or "int8" with one float16 scale per basis row and per expert and column
         of the coefficients.
     """
@@ -64,10 +78,25 @@ class ProjectionFormat:
     has_bias: bool = False
     rank: int = 0
     factor_dtype: str = "float16"
+    signed: bool = False
+    codebook_dtype: str = "float16"
+    num_groups: int = 1
+    has_column_scale: bool = False
 
     def __post_init__(self) -> None:
-        if self.codebook_size not in INDEX_BITS:
+        if self.codebook not in CODEBOOKS:
+            raise ConfigError(f"codebook {self.codebook!r} is not known; use one of {', '.join(CODEBOOKS)}")
+        if self.codebook == "trellis":
+            self._check_trellis()
+        elif self.codebook_size not in INDEX_BITS:
             raise ConfigError(f"codebook_size {self.codebook_size} cannot be packed; use one of {sorted(INDEX_BITS)}")
+        if self.signed and (self.codebook != "vq" or self.in_features % 8):
+            raise ConfigError(
+                f"sign bits need codebook vq and in_features in multiples of 8, not {self.codebook} and "
+                f"{self.in_features}; choose other --bits or another --codebook"
+            )
+        if self.num_groups != 1 and (self.codebook != "rq-moe" or not 1 <= self.num_groups <= 8):
+            raise ConfigError(f"num_groups {self.num_groups}: codebook rq-moe has 1 to 8 groups, the others 1")
         if self.in_features % self.vector_dim:
             raise ConfigError(
                 f"in_features {self.in_features} is not a multiple of vector_dim {self.vector_dim}; choose other --bits"
@@ -76,8 +105,22 @@ class ProjectionFormat:
             raise ConfigError(
                 f"num_codebooks must be 1 or {self.num_experts} (one per expert), not {self.num_codebooks}"
             )
-        if self.factor_dtype not in ("float16", "int8"):
-            raise ConfigError(f"factor_dtype must be float16 or int8, not {self.factor_dtype!r}")
+        for name in ("factor_dtype", "codebook_dtype"):
+            if getattr(self, name) not in ("float16", "int8"):
+                raise ConfigError(f"{name} must be float16 or int8, not {getattr(self, name)!r}")
+
+    def _check_trellis(self) -> None:
+        bits = self.codebook_size.bit_length() - 1
+        if self.codebook_size not in (2, 4, 8, 16) or self.vector_dim != 1 or self.num_stages != 1:
+            raise ConfigError(
+                "a trellis code has vector_dim 1, 1 stage and codebook_size 2, 4, 8 or 16, not "
+                f"{self.vector_dim}, {self.num_stages} and {self.codebook_size}"
+            )
+        if self.out_features * bits % 8 or self.out_features * bits < TRELLIS_STATE_BITS:
+            raise ConfigError(
+                f"{self.out_features} rows of {bits} bits fill no whole number of bytes, or less than one state of the "
+                "trellis; choose another --codebook"
+            )
 
     @property
     def num_vectors(self) -> int:
@@ -85,10 +128,22 @@ class ProjectionFormat:
         return self.in_features // self.vector_dim
 
     @property
+    def sign_bytes(self) -> int:
+        """Bytes of the sign plane of one row: a bit per weight, weight k in bit k mod 8 of byte k // 8; 1 is
+        negative."""
+        return self.in_features // 8 if self.signed else 0
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of the codes of one row: per stage a byte plane, then for 12-bit codes a nibble plane."""
+        """Bytes of the codes of one row: per stage a byte plane, then for 12-bit codes a nibble plane; then signs."""
         nibbles = (self.num_vectors + 1) // 2 if INDEX_BITS[self.codebook_size] == 12 else 0
-        return self.num_stages * (self.num_vectors + nibbles)
+        return self.num_stages * (self.num_vectors + nibbles) + self.sign_bytes
+
+    @property
+    def num_tables(self) -> int:
+        """Tables of `codebook_size` codewords in one codebook: one per stage; in rq-moe stage 0 has one, each later
+        stage one per group, in the order (1, group 0), (1, group 1), …, (2, group 0), …"""
+        return 1 + (self.num_stages - 1) * self.num_groups
 
     @property
     def num_weights(self) -> int:
@@ -98,14 +153,24 @@ class ProjectionFormat:
     def tensors(self) -> dict[str, TensorSpec]:
         """Every stored tensor by name, with its shape and dtype; the one definition of the format."""
         experts, rows = self.num_experts, self.out_features
-        specs = {
-            "codes": TensorSpec((experts, rows, self.row_bytes), torch.uint8),
-            "codebook": TensorSpec(
-                (self.num_codebooks, self.num_stages, self.codebook_size, self.vector_dim), torch.float16
-            ),
-        }
+        if self.codebook == "trellis":
+            bits = self.codebook_size.bit_length() - 1
+            specs = {"codes": TensorSpec((experts, self.in_features, rows * bits // 8), torch.uint8)}
+        else:
+            books, tables = self.num_codebooks, self.num_tables
+            table = getattr(torch, self.codebook_dtype)
+            specs = {
+                "codes": TensorSpec((experts, rows, self.row_bytes), torch.uint8),
+                "codebook": TensorSpec((books, tables, self.codebook_size, self.vector_dim), table),
+            }
+            if self.codebook_dtype == "int8":
+                specs["codebook_scale"] = TensorSpec((books, tables), torch.float16)
+            if self.num_groups > 1:
+                specs["groups"] = TensorSpec((books, self.codebook_size), torch.uint8)
         if self.has_scale:
             specs["scale"] = TensorSpec((experts, rows), torch.float16)
+        if self.has_column_scale:
+            specs["column_scale"] = TensorSpec((self.in_features,), torch.float16)
         if self.has_bias:
             specs["bias"] = TensorSpec((experts, rows), torch.float16)
         if self.rank:
@@ -172,6 +237,10 @@ class BankFormat:
     def __post_init__(self) -> None:
         if self.kind not in ("routed", "shared"):
             raise ConfigError(f"{self.path}: kind must be routed or shared, not {self.kind!r}")
+        if self.down_proj.has_column_scale and not self.gate_up_proj.has_scale:
+            raise ConfigError(
+                f"{self.path}: column scales of down_proj need row scales of gate_up_proj to be folded into"
+            )
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Every stored tensor by its name in the checkpoint.
@@ -210,6 +279,10 @@ class PackedBank:
     @property
     def format(self) -> BankFormat:
         return BankFormat(self.path, self.kind, self.gate_up_proj.format, self.down_proj.format)
+
+    def to(self, device: torch.device | str) -> PackedBank:
+        """The same bank with its tensors on `device`."""
+        return PackedBank(self.path, self.kind, self.gate_up_proj.to(device), self.down_proj.to(device))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The stored tensors by their names in the checkpoint."""
@@ -284,6 +357,16 @@ class InputMoments:
         self.tokens[expert] += len(inputs)
         self.weight_sum[expert] += routing_weights.sum()
         self.mass[expert] += weights.sum()
+
+    def reorder(self, order: Tensor) -> InputMoments:
+        """The moments with the channels of each expert in an order of its own; order: [num_experts, in_features]
+        int64."""
+        rows = self.outer_sum.gather(1, order[..., None].expand(-1, -1, order.shape[1]))
+        return dataclasses.replace(
+            self,
+            outer_sum=rows.gather(2, order[:, None].expand(-1, order.shape[1], -1)),
+            input_sum=self.input_sum.gather(1, order),
+        )
 
     def pooled_second_moment(self) -> Tensor:
         """E[x xᵀ] over the tokens of all experts, [in_features, in_features] float32."""

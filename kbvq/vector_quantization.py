@@ -1,8 +1,8 @@
-"""Vector quantization of the experts' weights: codebooks by k-means, codes by nearest codeword.
+"""Vector quantization of the experts' weights: tables by k-means, codes by nearest codeword or with error feedback.
 
 KBVQ-MoE quantizes in weight space without weighting: vectors of `vector_dim` consecutive inputs of a row, one
-codebook of 2^(bits·vector_dim) codewords per expert and matrix. Codebooks are rounded to float16, as stored, before
-the codes are chosen, so that the codes are the best ones for the codebook that the reader sees.
+codebook of 2^(bits·vector_dim) codewords per expert and matrix. Tables are rounded as they will be stored before
+the codes are chosen, so that the codes are the best ones for the tables that the reader sees.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbvq.error_feedback import channel_order, encode_with_feedback, upper_factor
-from kbvq.kmeans import kmeans, nearest_codeword
+from kbvq.codebooks import Codebook, TableCodebook, TrellisCodebook
+from kbvq.error_feedback import channel_order, encode_with_feedback, target_variances, upper_factor
+from kbvq.grouped_residual import fit_grouped_codebooks
+from kbvq.kmeans import kmeans
 from kbvq.recipes import Recipe
-from kbvq.structures import InputMoments
+from kbvq.residual_quantization import fit_residual_codebooks
+from kbvq.structures import InputMoments, ProjectionFormat
 
 
 def row_scales(weights: Tensor) -> Tensor:
@@ -22,66 +25,116 @@ def row_scales(weights: Tensor) -> Tensor:
     return weights.square().mean(-1).sqrt().clamp_min(smallest).half().float()
 
 
-def vector_quantize(
-    weights: Tensor, recipe: Recipe, *, scale: Tensor, moments: InputMoments, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Codes and codebooks for the experts of a bank, ŵ = scale · codeword.
+def column_scales(
+    weights: Tensor, recipe: Recipe, distortion: float, *, scale: Tensor, moments: InputMoments
+) -> Tensor:
+    """Deviation of each channel's targets in error feedback, behind the row scales: [in_features] float32, rounded to
+    float16. One codebook then suits the first channels and the last.
 
-    weights: [num_experts, out_features, in_features] float32. scale: [num_experts, out_features] > 0.
-    moments: of the inputs; they matter with the recipe's error feedback only.
-    Returns (codes [num_experts, out_features, in_features / vector_dim] int64,
-             codebooks [num_experts or 1, codebook_size, vector_dim] float16).
+    weights: [num_experts, out_features, in_features]. scale: [num_experts, out_features]. moments: of the inputs.
+    distortion: of the code (Recipe.distortion).
     """
-    targets = weights / scale[..., None]
-    codebooks = _fit_codebooks(targets, recipe, scale, seed)
+    order = channel_order(moments.pooled_second_moment(), 1)
+    variances, mass = torch.zeros_like(weights[0, 0]), 0.0
+    for expert, weight in enumerate(weights):
+        factor = _factor(moments, expert, order, recipe)
+        own = (weight[:, order] / scale[expert, :, None]).square().mean(0)
+        energy = float(scale[expert].square().sum() * moments.mass[expert])
+        variances += energy * target_variances(factor, own, distortion)
+        mass += energy
+    smallest = torch.finfo(torch.float16).smallest_normal
+    deviations = (variances / max(mass, 1e-30)).sqrt() if mass else torch.ones_like(variances)
+    return deviations[order.argsort()].clamp_min(smallest).half().float()
+
+
+def vector_quantize(
+    weights: Tensor,
+    format: ProjectionFormat,
+    recipe: Recipe,
+    *,
+    scale: Tensor,
+    column_scale: Tensor,
+    moments: InputMoments,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Codes and tables, as stored, for the experts of a bank: ŵ = scale · decode(codes) · column_scale.
+
+    weights: [num_experts, out_features, in_features] float32. scale: [num_experts, out_features] > 0. column_scale:
+    [in_features] > 0. moments: of the inputs; they matter with the recipe's error feedback only.
+    """
+    weights = weights / column_scale
+    codebook = _fit_codebook(weights / scale[..., None], format, recipe, scale, seed)
     if recipe.error_feedback:
-        return _encode_in_order(weights, codebooks, recipe, scale, moments)
-    codes = [
-        nearest_codeword(target.reshape(-1, recipe.vector_dim), codebook.float()).view(len(target), -1)
-        for target, codebook in zip(targets, codebooks.expand(len(targets), -1, -1), strict=True)
-    ]
-    return torch.stack(codes), codebooks
+        return _encode_in_order(weights, codebook, recipe, scale, column_scale, moments)
+    vectors = (weights / scale[..., None]).unflatten(-1, (-1, format.vector_dim)).flatten(1, 2)
+    identity = torch.eye(format.vector_dim, device=weights.device).expand(len(weights), -1, -1)
+    codes = codebook.encode(vectors, identity, torch.ones_like(vectors[..., 0]))
+    return codebook.pack(codes.unflatten(-1, (weights.shape[1], -1)))
 
 
-def _fit_codebooks(targets: Tensor, recipe: Recipe, scale: Tensor, seed: int) -> Tensor:
-    """k-means codebooks, [num_experts or 1, codebook_size, vector_dim] float16; a row of scale s counts s² times."""
-    vectors = targets.reshape(len(targets), -1, recipe.vector_dim)
-    mass = scale.square().repeat_interleave(targets.shape[-1] // recipe.vector_dim, 1)
+def _fit_codebook(targets: Tensor, format: ProjectionFormat, recipe: Recipe, scale: Tensor, seed: int) -> Codebook:
+    """Tables by k-means, one set for each expert or one for all; a row of scale s counts s² times."""
+    if format.codebook == "trellis":
+        return TrellisCodebook(format)
+    vectors = targets.unflatten(-1, (-1, format.vector_dim)).flatten(1, 2)
+    if format.signed:
+        vectors = vectors.abs()
+    mass = scale.square().repeat_interleave(format.num_vectors, 1)
     limit = None
     if recipe.max_vectors_per_codeword is not None:
-        limit = recipe.max_vectors_per_codeword * recipe.codebook_size
-    whole = recipe.codebook_scope == "bank"
+        limit = recipe.max_vectors_per_codeword * format.codebook_size * format.num_groups
+    whole = format.num_codebooks == 1
     groups = [slice(None)] if whole else [slice(expert, expert + 1) for expert in range(len(targets))]
-    codebooks = [
-        kmeans(
-            vectors[group].flatten(0, 1),
-            recipe.codebook_size,
-            iterations=recipe.kmeans_iterations,
-            seed=seed + index,
-            weights=mass[group].flatten(),
-            max_vectors=limit,
-        )
-        for index, group in enumerate(groups)
-    ]
-    return torch.stack(codebooks).half()
+    size, stages = format.codebook_size, format.num_stages
+    iterations = recipe.kmeans_iterations
+    tables: list[Tensor] = []
+    of_codewords: list[Tensor] = []
+    for index, group in enumerate(groups):
+        of_group, weights, own = vectors[group].flatten(0, 1), mass[group].flatten(), seed + index
+        if stages == 1:
+            fitted = kmeans(of_group, size, iterations=iterations, seed=own, weights=weights, max_vectors=limit)[None]
+        elif format.num_groups == 1:
+            fitted = fit_residual_codebooks(
+                of_group, stages, size, iterations=iterations, seed=own, weights=weights, max_vectors=limit
+            )
+        else:
+            fitted, of_codeword = fit_grouped_codebooks(
+                of_group,
+                stages,
+                size,
+                format.num_groups,
+                iterations=iterations,
+                seed=own,
+                weights=weights,
+                max_vectors=limit,
+            )
+            of_codewords.append(of_codeword)
+        tables.append(fitted)
+    return TableCodebook(format, torch.stack(tables), torch.stack(of_codewords) if of_codewords else None)
 
 
 def _encode_in_order(
-    weights: Tensor, codebooks: Tensor, recipe: Recipe, scale: Tensor, moments: InputMoments
-) -> tuple[Tensor, Tensor]:
-    """Codes with error feedback under each expert's moments, after refitting the codebooks to the weighted error."""
-    order = channel_order(moments.pooled_second_moment(), recipe.vector_dim)
+    weights: Tensor, codebook: Codebook, recipe: Recipe, scale: Tensor, column_scale: Tensor, moments: InputMoments
+) -> dict[str, Tensor]:
+    """Codes with error feedback under each expert's moments, after refitting the tables to the weighted error."""
+    dim = codebook.vector_dim
+    order = channel_order(moments.pooled_second_moment(), dim)
     ordered = weights[..., order]
-    factor = torch.stack(
-        [
-            upper_factor(moments.expert_moments(expert, recipe.prior_tokens)[0][order][:, order], recipe.damping)
-            for expert in range(len(weights))
-        ]
-    )
-    current = codebooks.float()
+    factors = [_factor(moments, expert, order, recipe) for expert in range(len(weights))]
+    # Channels divided by their scale see inputs multiplied by it.
+    factor = column_scale[order, None] * torch.stack(factors)
     for _ in range(recipe.refits):
-        _, current = encode_with_feedback(ordered, factor, current, scale, refit=True)
-        current = current.half().float()
-    codes, _ = encode_with_feedback(ordered, factor, current, scale, refit=False)
-    vector_order = order[:: recipe.vector_dim] // recipe.vector_dim
-    return codes[..., vector_order.argsort()], current.half()
+        refit = codebook.refit()
+        if refit is None:
+            break
+        encode_with_feedback(ordered, factor, codebook, scale, refit)
+        codebook = refit.solve()
+    codes = encode_with_feedback(ordered, factor, codebook, scale)
+    vector_order = order[::dim] // dim
+    return codebook.pack(codes[..., vector_order.argsort()])
+
+
+def _factor(moments: InputMoments, expert: int, order: Tensor, recipe: Recipe) -> Tensor:
+    """M of an expert's inputs, channels in coding order."""
+    second_moment, _ = moments.expert_moments(expert, recipe.prior_tokens)
+    return upper_factor(second_moment[order][:, order], recipe.damping)

@@ -4,38 +4,62 @@ import torch
 
 from kbvq.packing import pack_stages
 from kbvq.structures import BankFormat, PackedBank, PackedProjection, ProjectionFormat
+from kbvq.trellis import MULTIPLIERS, TrellisCode, levels
 
 
 def random_projection(format: ProjectionFormat, seed: int) -> tuple[PackedProjection, torch.Tensor]:
     """A projection with random contents, and its codes [num_stages, experts, rows, num_vectors]."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(
-        format.codebook_size,
-        (format.num_stages, format.num_experts, format.out_features, format.num_vectors),
-        generator=generator,
-    )
+
+    def draw(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    shape = (format.num_stages, format.num_experts, format.out_features, format.num_vectors)
+    codes = draw(format.codebook_size, *shape)
     tensors = {}
     for name, spec in format.tensors().items():
         if name == "codes":
+            if format.codebook == "trellis":
+                tensors[name] = TrellisCode(format.codebook_size.bit_length() - 1).pack(codes[0].mT)
+                continue
             tensors[name] = pack_stages(codes, format.codebook_size)
+            if format.signed:
+                signs = draw(256, *spec.shape[:2], format.in_features // 8).to(torch.uint8)
+                tensors[name] = torch.cat([tensors[name], signs], -1)
+        elif name == "groups":
+            tensors[name] = draw(format.num_groups, *spec.shape).to(torch.uint8)
         elif spec.dtype == torch.int8:
-            tensors[name] = torch.randint(-127, 128, spec.shape, generator=generator).to(torch.int8)
+            tensors[name] = (draw(255, *spec.shape) - 127).to(torch.int8)
         else:
-            spread = {"codebook": 0.3, "basis_scale": 0.004, "coefficients_scale": 0.004}.get(name, 0.5)
-            tensors[name] = (spread * torch.randn(spec.shape, generator=generator)).to(spec.dtype)
+            small = {"codebook": 0.3, "basis_scale": 0.004, "coefficients_scale": 0.004, "codebook_scale": 0.004}
+            tensors[name] = (small.get(name, 0.5) * torch.randn(spec.shape, generator=generator)).to(spec.dtype)
     return PackedProjection(format, tensors), codes
 
 
 def reference_weight(packed: PackedProjection, codes: torch.Tensor, expert: int) -> torch.Tensor:
-    """Stored weight of one expert, [out_features, in_features] float64, vector by vector from the unpacked codes."""
+    """Stored weight of one expert, [out_features, in_features] float64, value by value from the unpacked codes."""
     format, t = packed.format, packed.tensors
-    codebook = t["codebook"].double()[expert if format.num_codebooks > 1 else 0]
     weight = torch.zeros(format.out_features, format.in_features, dtype=torch.float64)
+    book = expert if format.num_codebooks > 1 else 0
     for row in range(format.out_features):
         for vector in range(format.num_vectors):
             columns = slice(vector * format.vector_dim, (vector + 1) * format.vector_dim)
+            if format.codebook == "trellis":
+                weight[row, vector] = trellis_value(format, codes[0, expert, :, vector].tolist(), row)
+                continue
             for stage in range(format.num_stages):
-                weight[row, columns] += codebook[stage, codes[stage, expert, row, vector]]
+                table = stage
+                if format.num_groups > 1 and stage:
+                    table = 1 + (stage - 1) * format.num_groups + int(t["groups"][book, codes[0, expert, row, vector]])
+                codeword = t["codebook"][book, table, codes[stage, expert, row, vector]].double()
+                if format.codebook_dtype == "int8":
+                    codeword = codeword * t["codebook_scale"][book, table].double()
+                weight[row, columns] += codeword
+        if format.signed:
+            plane = t["codes"][expert, row, -format.in_features // 8 :].tolist()
+            for k in range(format.in_features):
+                if plane[k // 8] >> k % 8 & 1:
+                    weight[row, k] = -weight[row, k]
     if format.rank:
         coefficients, basis = t["coefficients"][expert].double(), t["basis"].double()
         if format.factor_dtype == "int8":
@@ -44,7 +68,16 @@ def reference_weight(packed: PackedProjection, codes: torch.Tensor, expert: int)
         weight = weight + coefficients @ basis
     if format.has_scale:
         weight = torch.diag(t["scale"][expert].double()) @ weight
+    if format.has_column_scale:
+        weight = weight @ torch.diag(t["column_scale"].double())
     return weight
+
+
+def trellis_value(format: ProjectionFormat, codes: list[int], row: int) -> float:
+    """Value of one row of a column's stream: the code of the row and of those after it, wrapping around."""
+    bits = format.codebook_size.bit_length() - 1
+    state = sum(codes[(row + i) % len(codes)] << bits * i for i in range(12 // bits))
+    return levels()[(state * MULTIPLIERS[bits] % 2**32) >> 24].item()
 
 
 def random_bank(path: str, kind: str, experts: int, hidden: int, intermediate: int, seed: int, **options) -> PackedBank:

@@ -11,11 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LEVELS = [
     {"errors", "structures", "recipes"},
-    {"kmeans", "rate_distortion", "packing"},
-    {"shared_basis", "error_feedback", "vector_quantization", "bias_correction", "trellis", "residual_quantization",
-     "rq_moe", "projection"},
-    {"moe_adapters", "layer_stream", "calibration_text", "expert_forward", "calibration", "packed_experts"},
-    {"block_tuning", "layer_quantization", "checkpoint", "pipeline"},
+    {"kmeans", "bit_budget", "rate_distortion", "packing", "trellis"},
+    {"shared_basis", "codebooks", "error_feedback", "vector_quantization", "bias_correction", "residual_quantization",
+     "grouped_residual", "rq_moe", "projection"},
+    {"moe_adapters", "layer_stream", "calibration_text", "expert_forward", "calibration", "packed_experts",
+     "sensitivity"},
+    {"block_tuning", "distillation", "planning", "layer_quantization", "checkpoint", "pipeline"},
     {"hf", "cli", "__init__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -41,3 +41,27 @@ def test_observed_banks_leave_the_outputs_and_gather_exact_moments(arch):
                 torch.testing.assert_close(moments.input_sum[expert].double(), seen.sum(0), rtol=1e-4, atol=1e-5)
                 weight_sum = routed[1][routed[0] == expert].double().sum()
                 torch.testing.assert_close(moments.weight_sum[expert].double(), weight_sum, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vector_dim", [1, 4])
+def test_sorted_channels_compute_the_same_and_are_dealt_out_by_energy(vector_dim):
+    model = tiny_model("qwen3_moe")
+    bank = find_expert_banks(model)[0]
+    original = model.get_submodule(bank.path)
+    module = ObservedBank(bank_weights(original, bank), bank_activation(original))
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(200, bank.hidden_size, generator=generator)
+    index = torch.randint(bank.num_experts, (200, 2), generator=generator)
+    routing = torch.rand(200, 2, generator=generator)
+    module.watch_("down_proj")
+    before = module(states, index, routing)
+    moments = module.moments["down_proj"]
+    order = module.sort_channels_(moments, vector_dim)
+    module.watch_("down_proj")
+    torch.testing.assert_close(module(states, index, routing), before, rtol=1e-4, atol=1e-5)
+    again = module.moments["down_proj"]
+    torch.testing.assert_close(again.outer_sum, moments.reorder(order).outer_sum, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again.input_sum, moments.reorder(order).input_sum, rtol=1e-4, atol=1e-4)
+    energy = again.outer_sum.diagonal(dim1=1, dim2=2).unflatten(1, (-1, vector_dim))
+    # Each place in a vector holds one part of the descending order, from first vector to last.
+    assert (energy.mT.flatten(1).diff(dim=1) <= 1e-4).all()

@@ -1,19 +1,37 @@
 import pytest
 import torch
 
-from kbvq.error_feedback import channel_order, encode_with_feedback, upper_factor
+from kbvq.codebooks import TableCodebook
+from kbvq.error_feedback import channel_order, encode_with_feedback, target_variances, upper_factor
 from kbvq.errors import NumericalError
+from kbvq.structures import ProjectionFormat
 
-EXPERTS, OUT, IN, DIM = 2, 40, 150, 2
+EXPERTS, OUT, IN, DIM, SIZE = 2, 40, 150, 2, 256
 
 
 def problem(seed=0):
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(EXPERTS, OUT, IN, generator=generator)
     roots = torch.randn(EXPERTS, IN, IN, generator=generator) * torch.logspace(0, -1, IN)
-    codebook = torch.randn(1, 64, DIM, generator=generator)
+    codebook = torch.randn(1, SIZE, DIM, generator=generator).half().float()
     scale = 0.5 + torch.rand(EXPERTS, OUT, generator=generator)
     return weights, roots @ roots.mT / IN, codebook, scale
+
+
+def book(codebooks):
+    format = ProjectionFormat(EXPERTS, OUT, IN, "vq", DIM, SIZE, num_codebooks=len(codebooks))
+    return TableCodebook(format, codebooks[:, None])
+
+
+def encode(weights, factor, codebooks, scale):
+    return encode_with_feedback(weights, factor, book(codebooks), scale)[0]
+
+
+def encode_and_refit(weights, factor, codebooks, scale):
+    codebook = book(codebooks)
+    refit = codebook.refit()
+    codes = encode_with_feedback(weights, factor, codebook, scale, refit)[0]
+    return codes, refit.solve().tables[:, 0]
 
 
 def decode(codes, codebooks, scale):
@@ -37,8 +55,7 @@ def test_factor_is_upper_triangular_and_squares_to_the_damped_moment():
 def test_codes_equal_a_direct_ldlq_with_explicit_inverses():
     """GPTQ's form of the recursion, in float64: errors pushed to later columns through the inverse of H."""
     weights, moments, codebook, scale = problem()
-    codes, same = encode_with_feedback(weights, upper_factor(moments, 0.01), codebook, scale, refit=False)
-    assert same is codebook
+    codes = encode(weights, upper_factor(moments, 0.01), codebook, scale)
     for expert in range(EXPERTS):
         mean = moments[expert].diagonal().mean().double()
         inverse = torch.linalg.inv(moments[expert].double() + 0.01 * mean * torch.eye(IN))
@@ -59,7 +76,7 @@ def test_codes_equal_a_direct_ldlq_with_explicit_inverses():
 
 def test_feedback_lowers_the_weighted_error_of_nearest_codewords():
     weights, moments, codebook, scale = problem()
-    codes, _ = encode_with_feedback(weights, upper_factor(moments, 0.01), codebook, scale, refit=False)
+    codes = encode(weights, upper_factor(moments, 0.01), codebook, scale)
     vectors = (weights / scale[..., None]).reshape(-1, DIM)
     nearest = torch.cdist(vectors, codebook[0]).argmin(1).view(codes.shape)
     with_feedback = weighted_error(weights - decode(codes, codebook, scale), moments)
@@ -69,7 +86,7 @@ def test_feedback_lowers_the_weighted_error_of_nearest_codewords():
 def test_without_correlation_between_channels_it_is_the_nearest_codeword():
     weights, _, codebook, scale = problem()
     moments = torch.eye(IN).expand(EXPERTS, -1, -1)
-    codes, _ = encode_with_feedback(weights, upper_factor(moments, 0.0), codebook, scale, refit=False)
+    codes = encode(weights, upper_factor(moments, 0.0), codebook, scale)
     vectors = (weights / scale[..., None]).reshape(-1, DIM)
     assert torch.equal(codes.flatten(), torch.cdist(vectors.double(), codebook[0].double()).argmin(1))
 
@@ -80,24 +97,24 @@ def test_refitted_codewords_minimise_the_weighted_error_of_their_targets(books):
     weights, _, codebook, scale = problem()
     codebooks = codebook.expand(books, -1, -1).clone()
     factor = upper_factor(torch.eye(IN).expand(EXPERTS, -1, -1), 0.0)
-    codes, refitted = encode_with_feedback(weights, factor, codebooks, scale, refit=True)
+    codes, refitted = encode_and_refit(weights, factor, codebooks, scale)
     targets = (weights / scale[..., None]).view(EXPERTS, OUT, -1, DIM)
     mass = scale.square()[..., None].expand(-1, -1, IN // DIM)
     for book in range(books):
         members = slice(None) if books == 1 else slice(book, book + 1)
-        for codeword in range(64):
+        for codeword in range(SIZE):
             cell = codes[members] == codeword
             if cell.sum() < 3:
                 continue
             expected = (targets[members][cell] * mass[members][cell][:, None]).sum(0) / mass[members][cell].sum()
-            torch.testing.assert_close(refitted[book, codeword], expected, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(refitted[book, codeword], expected, rtol=1e-2, atol=2e-3)
 
 
 def test_refit_lowers_the_error():
     weights, moments, codebook, scale = problem()
     factor = upper_factor(moments, 0.01)
-    codes, refitted = encode_with_feedback(weights, factor, codebook, scale, refit=True)
-    again, _ = encode_with_feedback(weights, factor, refitted, scale, refit=False)
+    codes, refitted = encode_and_refit(weights, factor, codebook, scale)
+    again = encode(weights, factor, refitted, scale)
     before = weighted_error(weights - decode(codes, codebook, scale), moments)
     assert weighted_error(weights - decode(again, refitted, scale), moments) < before
 
@@ -110,3 +127,22 @@ def test_order_keeps_vectors_whole_and_starts_with_the_largest_inputs():
 def test_moment_that_cannot_be_factorised_is_refused():
     with pytest.raises(NumericalError, match="not positive definite"):
         upper_factor(-torch.eye(4), 0.01)
+
+
+def test_predicted_variances_are_those_of_the_targets():
+    """Against the recursion itself, run with a quantizer that adds noise of the stated variance to its target."""
+    generator = torch.Generator().manual_seed(3)
+    n, rows, distortion = 24, 40000, 0.2
+    root = torch.randn(n, n, generator=generator) * torch.logspace(0, -1, n)
+    factor = upper_factor(root @ root.mT / n, 0.01)
+    spread = torch.linspace(0.5, 2, n)
+    weights = torch.randn(rows, n, generator=generator) * spread
+    error, variances = torch.zeros(rows, n), []
+    for j in range(n):
+        target = weights[:, j] + error[:, :j] @ factor[:j, j] / factor[j, j]
+        variances.append(target.var())
+        noise = (distortion * variances[-1]).sqrt() * torch.randn(rows, generator=generator)
+        error[:, j] = weights[:, j] - target + noise
+    torch.testing.assert_close(
+        target_variances(factor, spread.square(), distortion), torch.stack(variances), rtol=0.1, atol=0
+    )

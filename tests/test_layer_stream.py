@@ -40,6 +40,24 @@ def assert_streams_like_the_whole_model(folder, dtype=torch.float32):
     return layer_kwargs
 
 
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_moe_tied", "deepseek_v3"])
+def test_head_and_whole_model_compute_what_from_pretrained_does(tmp_path, arch):
+    model = save_tiny_model(tmp_path, arch)
+    stream = open_stream(tmp_path)
+    states = []
+    model.model.layers[-1].register_forward_hook(lambda _, inputs, output: states.append(output))
+    with torch.no_grad():
+        expected = model(IDS).logits
+        with stream.head():
+            torch.testing.assert_close(stream.logits(states[0]), expected)
+        banks = {bank.path: model.get_submodule(bank.path) for bank in stream.banks}
+        with stream.whole(banks) as whole:
+            torch.testing.assert_close(whole(input_ids=IDS, use_cache=False).logits, expected)
+            torch.testing.assert_close(stream.logits(states[0]), expected)
+    assert all(parameter.is_meta for parameter in stream.model.parameters())
+    assert_streams_like_the_whole_model(tmp_path)  # and the stream is as good as new
+
+
 def rewrite(path, change):
     tensors = load_file(path)
     change(tensors)

@@ -157,12 +157,13 @@ def test_observer_sees_every_expert_with_tokens_once_in_ascending_order():
         observe=lambda *observed: seen.append(observed),
     )
     assert [observed[0] for observed in seen] == [0, 1, 3]
-    for expert, gate_up_inputs, down_inputs, weights in seen:
+    for expert, gate_up_inputs, down_inputs, outputs, weights in seen:
         tokens, slots = torch.where(index == expert)
         assert torch.equal(gate_up_inputs, hidden[tokens])
         assert torch.equal(weights, routing_weights[tokens, slots])
         gate, up = (hidden[tokens] @ gate_up[expert].T).chunk(2, dim=-1)
         torch.testing.assert_close(down_inputs, silu(gate) * up, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(outputs, down_inputs @ down[expert].T, rtol=1e-5, atol=1e-5)
 
 
 def test_buffers_are_the_formats_tensors_and_all_are_saved():

@@ -31,7 +31,7 @@ def logits(model):
 def test_loaded_model_computes_with_the_decoded_weights(tmp_path, text, arch):
     """The reference is the family's own dense code with every expert's decoded weight written into it."""
     original = save_tiny_model(tmp_path / "model", arch)
-    recipe = make_recipe("default", 2, bcos=False, idre=True, kmeans_iterations=5)
+    recipe = make_recipe("default", 2, budget=False, bcos=False, idre=True, kmeans_iterations=5)
     record = quantize(tmp_path / "model", tmp_path / "packed", text, recipe)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     unquantized = logits(original)
@@ -68,7 +68,12 @@ def test_quantized_weights_approach_the_original_as_bits_grow(tmp_path, text):
     original = save_tiny_model(tmp_path / "model", "qwen3_moe")
     errors = {}
     for bits in (2, 4):
-        quantize(tmp_path / "model", tmp_path / str(bits), text, make_recipe("default", bits, kmeans_iterations=10))
+        quantize(
+            tmp_path / "model",
+            tmp_path / str(bits),
+            text,
+            make_recipe("default", bits, budget=False, kmeans_iterations=10),
+        )
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(bits), dtype=torch.float32)
         errors[bits] = (logits(loaded) - logits(original)).square().mean().item()
     assert errors[4] < 0.3 * errors[2]

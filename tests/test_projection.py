@@ -8,10 +8,15 @@ import torch
 from kbvq.errors import ConfigError, NumericalError
 from kbvq.packing import dequantize_expert
 from kbvq.projection import quantize_projection, report_projection
-from kbvq.recipes import RECIPE_NAMES, make_recipe
+from kbvq.recipes import CODES, RECIPE_NAMES, make_recipe
 from kbvq.structures import InputMoments
 
 EXPERTS, OUT, IN = 3, 64, 32
+PAPER = make_recipe("paper", 2)
+
+
+def planned(recipe):
+    return recipe.projection_format(EXPERTS, OUT, IN)
 
 
 def problem(seed=0, shift=0.5):
@@ -29,7 +34,7 @@ def problem(seed=0, shift=0.5):
 
 def quantized(recipe, seed=0):
     weights, moments, tokens = problem(seed)
-    packed = quantize_projection(weights, moments, moments, recipe, seed=5)
+    packed = quantize_projection(weights, moments, moments, planned(recipe), recipe, seed=5)
     outputs = []
     for expert, inputs in enumerate(tokens):
         bias = packed.tensors["bias"][expert].float() if packed.format.has_bias else 0.0
@@ -45,10 +50,24 @@ def output_error(recipe):
     )
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("codebook", CODES)
+def test_every_codebook_gets_better_with_bits_and_than_its_plain_rounding(codebook, bits):
+    """relative_error of white weights cannot be far above the code's distortion, which the plans are made of."""
+    recipe = make_recipe("default", bits, budget=False, codebook=codebook, refits=1)
+    weights, moments, _ = problem(shift=0.0)
+    packed = quantize_projection(weights, moments, moments, planned(recipe), recipe, seed=5)
+    report = report_projection(weights, packed, moments, prior_tokens=recipe.prior_tokens)
+    assert report.code_bits == bits
+    assert report.relative_error < 2 * recipe.distortion(packed.format)
+    again = quantize_projection(weights, moments, moments, planned(recipe), recipe, seed=5)
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in packed.tensors.items())
+
+
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_format_planned_equals_format_made_and_error_falls_with_bits(name, bits):
-    recipe = make_recipe(name, bits)
+    recipe = make_recipe(name, bits, budget=False)
     weights, _, packed, _ = quantized(recipe)
     assert packed.format == recipe.projection_format(EXPERTS, OUT, IN)
     relative = sum(
@@ -58,7 +77,7 @@ def test_format_planned_equals_format_made_and_error_falls_with_bits(name, bits)
 
 
 def test_bits_are_those_of_the_stored_bytes():
-    _, _, packed, _ = quantized(make_recipe("default", 2))
+    _, _, packed, _ = quantized(make_recipe("default", 2, budget=False))
     stored = sum(t.numel() * t.element_size() for t in packed.tensors.values())
     assert packed.format.num_bytes == stored
     assert packed.format.code_bytes * 8 == 2 * packed.format.num_weights
@@ -96,13 +115,13 @@ def test_plain_vq_equals_a_nearest_codeword_search_by_hand():
 def test_int8_factors_are_close_to_float16_ones():
     shares = {}
     for dtype in ("float16", "int8"):
-        recipe = make_recipe("default", 2, factor_dtype=dtype, rank_divisor=16)
+        recipe = make_recipe("default", 2, budget=False, idre=True, factor_dtype=dtype, rank_divisor=16)
         shares[dtype] = output_error(recipe)
     assert shares["int8"] < 1.1 * shares["float16"]
 
 
 def test_same_seed_same_bytes():
-    recipe = make_recipe("default", 2)
+    recipe = make_recipe("default", 2, budget=False)
     first, second = quantized(recipe)[2], quantized(recipe)[2]
     assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
 
@@ -110,7 +129,7 @@ def test_same_seed_same_bytes():
 def test_report_matches_its_definition():
     recipe = make_recipe("paper", 2, prior_tokens=0.0)
     weights, moments, _ = problem()
-    packed = quantize_projection(weights, moments, moments, recipe, seed=5)
+    packed = quantize_projection(weights, moments, moments, planned(recipe), recipe, seed=5)
     report = report_projection(weights, packed, moments, prior_tokens=0.0)
     error = energy = 0.0
     for expert, weight in enumerate(weights.double()):
@@ -129,14 +148,15 @@ def test_an_expert_without_tokens_is_corrected_with_the_pooled_moments():
     moments.input_sum[1] = 0
     moments.tokens[1] = 0
     moments.mass[1] = 0
-    packed = quantize_projection(weights, moments, moments, make_recipe("paper", 2), seed=5)
+    packed = quantize_projection(weights, moments, moments, planned(PAPER), PAPER, seed=5)
     assert all(torch.isfinite(t).all() for t in packed.tensors.values() if t.is_floating_point())
 
 
 def test_all_zero_weights_stay_zero():
     _, moments, _ = problem()
     for name in RECIPE_NAMES:
-        packed = quantize_projection(torch.zeros(EXPERTS, OUT, IN), moments, moments, make_recipe(name, 2), seed=0)
+        recipe = make_recipe(name, 2, budget=False)
+        packed = quantize_projection(torch.zeros(EXPERTS, OUT, IN), moments, moments, planned(recipe), recipe, seed=0)
         assert not any(dequantize_expert(packed.format, packed.tensors, e).any() for e in range(EXPERTS))
 
 
@@ -149,9 +169,17 @@ def test_shapes_and_values_that_cannot_be_stored_are_refused():
         make_recipe("paper", 5)
     with pytest.raises(ConfigError, match="unknown recipe"):
         make_recipe("papr", 2)
+    with pytest.raises(ConfigError, match="from 1.5 to 4"):
+        make_recipe("default", 1.2)
+    with pytest.raises(ConfigError, match="codebook 'pq'"):
+        make_recipe("default", 2, codebook="pq")
+    with pytest.raises(ConfigError, match="trellis needs error feedback"):
+        make_recipe("paper", 2, codebook="trellis")
+    with pytest.raises(ConfigError, match="fill no whole number of bytes"):
+        make_recipe("best", 2, budget=False).projection_format(EXPERTS, 30, IN)
     weights, moments, _ = problem()
     with pytest.raises(NumericalError, match="range of float16"):
-        quantize_projection(weights * 1e7, moments, moments, make_recipe("paper", 2), seed=0)
+        quantize_projection(weights * 1e7, moments, moments, planned(PAPER), PAPER, seed=0)
 
 
 def test_recipes_are_data():

@@ -4,7 +4,8 @@ For each kernel's inner loop on sm_90: instructions, table lookups and code byte
 bfloat16 weights read at the full copy bandwidth that each resource of an H200 would allow by itself:
 
     HBM    16 / code bits
-    table  random lookups through the L1 cache: bank conflicts (simulated) and four tags a cycle
+    L1     the unit of L1 cache and shared memory: random lookups (simulated bank conflicts, four tags a cycle) and
+           whatever else the loop loads and stores there
     issue  one instruction a cycle for each of an SM's four schedulers
 
 The kernel's ceiling is the least of the three. Nothing here was timed: the machine numbers below are the inputs.
@@ -16,9 +17,9 @@ import random
 from dataclasses import replace
 
 import torch
-from synthetic import FORMATS, SHAPES, random_tensors
+from synthetic import FORMATS, SHAPES, CodeFormat, meta_bank
 
-from kbvq_kernels import aot, launch, prepare
+from kbvq_kernels import aot, launch
 
 SM_COUNT, CLOCK_HZ, COPY_BYTES_PER_S = 132, 1.755e9, 4.3e12
 """An H200: multiprocessors, an assumed sustained clock, and the copy bandwidth measured on one."""
@@ -50,17 +51,45 @@ def lookup_cycles(entry_bytes: int, load_bytes: int, entries: int, trials: int =
     return total / trials
 
 
-def kernels_of(code, capability: int = 90):
-    """(label, launch, weights per pass of the inner loop and warp, bytes per lookup) for long rows."""
+def table_of(code: CodeFormat) -> tuple[int, int]:
+    """(bytes of a codeword on CUDA, entries that its lookups spread over)."""
+    if code.codebook == "trellis":
+        return 2, 256
+    one_table = code.num_stages == 1 and code.vector_dim >= 4
+    size = code.vector_dim * (1 if code.codebook_dtype == "int8" and one_table else 2)
+    return size, code.codebook_size
+
+
+def l1_cycles(code: CodeFormat, path: str, compiled: aot.MachineCode, weights: float) -> float:
+    """Cycles that the L1 cache and shared memory, one unit, spend on a weight.
+
+    Lookups (and in rq-moe those of groups, one byte each), then every other load and store of the loop at 128 bytes a
+    cycle. A load of x in decode_kernel touches 32 lines at four tags a cycle, or a single token's four lines.
+    """
+    size, entries = table_of(code)
+    lookups = code.num_stages / code.vector_dim
+    cycles = lookups * lookup_cycles(size, min(8, size), entries) / 32
+    if code.num_groups > 1:
+        cycles += (code.num_stages - 1) / code.vector_dim * lookup_cycles(1, 1, 256) / 32
+    for opcode, count in compiled.loop.items():
+        parts = opcode.split(".")
+        if parts[0] not in ("LDS", "STS", "LDSM", "STSM", "LDG") or "EL" in parts:
+            continue
+        each = 4 if "128" in parts or parts[-1] == "4" else 2 if "64" in parts else 1
+        if parts[0] == "LDG" and "EF" not in parts and path != "grouped":
+            each = 1 if path == "pairs" else 8
+        cycles += count * each / weights
+    return cycles
+
+
+def kernels_of(code: CodeFormat, capability: int = 90):
+    """(label, launch, weights per pass of the inner loop and warp) for long rows."""
     shape = replace(SHAPES[2], num_experts=8)
-    sizes = ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
-    projections = []
-    for rows, columns in sizes:
-        tensors, fields = random_tensors(code, 1, 1, columns)
-        whole = {"codes": (shape.num_experts, rows, -1), "scale": (8, rows), "bias": (8, rows)}
-        meta = {name: t.to("meta").expand(whole.get(name, t.shape)) for name, t in tensors.items()}
-        projections.append(prepare(meta, **fields, dtype=torch.bfloat16))
-    for label, path, tokens in (("decode", "decode", 1), ("grouped", "grouped", 16), ("grouped 128", "grouped", 2048)):
+    projections = meta_bank(shape, code)
+    paths = (("pairs", 1), ("blocks", 16), ("grouped", 2048))
+    for path, tokens in paths:
+        if path != "grouped" and not all(launch.decodes(p, torch.bfloat16) for p in projections):
+            continue
         x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
         index = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
         weights = torch.empty(tokens, shape.top_k, device="meta")
@@ -69,31 +98,28 @@ def kernels_of(code, capability: int = 90):
         for entry in recorded:
             a, warps = entry.arguments, entry.options.get("num_warps", 4)
             name = entry.kernel.fn.__name__
-            if name == "gate_up_kernel":
-                rows = 2 * a["BLOCK_N"]
-                yield f"{label} gate_up", entry, rows * a["BLOCK_W"] * 4 * a["D"] / warps, min(8, 2 * a["D"])
-            elif name == "down_kernel":
-                rows = a["BLOCK_N"] * a["BLOCK_J"]
-                yield f"{label} down", entry, rows * a["BLOCK_W"] * 4 * a["D"] / warps, min(8, 2 * a["D"])
-            elif name == "grouped_kernel" and not a["GATED"]:
-                yield f"{label} down", entry, a["BLOCK_N"] * a["BLOCK_V"] * a["D"] / warps, 2 * a["D"]
+            if a.get("GATED"):
+                continue
+            if name == "decode_kernel":
+                yield path, entry, a["BLOCK_N"] * a["LENGTH"] * 16 * a["D"]
+            elif name == "grouped_kernel":
+                yield path, entry, a["BLOCK_N"] * a["BLOCK_V"] * a["D"] / warps
 
 
 def main() -> None:
     print(f"H200 inputs: {SM_COUNT} SMs, {CLOCK_HZ / 1e9} GHz, {COPY_BYTES_PER_S / 1e12} TB/s; bf16 x, sm_90")
-    columns = "format kernel registers spilled lookups/weight instructions/weight HBM table issue ceiling".split()
+    columns = "format path registers spilled lookups/weight instructions/weight HBM L1 issue ceiling".split()
     print("| " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for code in FORMATS:
-        for label, entry, weights, load_bytes in kernels_of(code):
+        for label, entry, weights in kernels_of(code):
             compiled = aot.inspect(aot.compile_launch(entry, 90))
             per_weight = sum(compiled.loop.values()) / weights
             lookups = code.num_stages / code.vector_dim
-            cycles = lookup_cycles(2 * code.vector_dim, load_bytes, code.codebook_size)
             hbm = 16 / code.bits
-            table = SM_COUNT * CLOCK_HZ * 32 / cycles / lookups / BF16_WEIGHTS_PER_S
+            table = SM_COUNT * CLOCK_HZ / l1_cycles(code, label, compiled, weights) / BF16_WEIGHTS_PER_S
             issue = SM_COUNT * 4 * CLOCK_HZ / per_weight / BF16_WEIGHTS_PER_S
-            limit = min(("HBM", hbm), ("table", table), ("issue", issue), key=lambda pair: pair[1])
+            limit = min(("HBM", hbm), ("L1", table), ("issue", issue), key=lambda pair: pair[1])
             print(
                 f"| {code.name} | {label} | {compiled.registers} | {compiled.spilled} | {lookups:.3f} "
                 f"| {32 * per_weight:.2f} | {hbm:.1f}x | {table:.2f}x | {issue:.2f}x | {limit[1]:.2f}x ({limit[0]}) |",

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from synthetic import FORMATS, SHAPES, grouped_mm_forward, random_bank, random_routing
+from synthetic import FORMATS, MEASURED, SHAPES, grouped_mm_forward, random_bank, random_routing
 
 import kbvq_kernels
 from kbvq_kernels import cpu
@@ -33,10 +33,12 @@ def milliseconds(calls, repeats: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--experts", type=int, default=32, help="experts kept per layer, to bound memory")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0, 32], help="of the low-rank part")
+    parser.add_argument("--only", default="", help="measure what has this in its model's or format's name")
     parser.add_argument("--portable", action="store_true", help="measure the path without a compiler")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -50,8 +52,10 @@ def main() -> None:
     print("| model | format | rank | T | bf16 ms | packed ms | bf16 / packed |\n|---|---|---|---|---|---|---|")
     for shape in SHAPES:
         shape = replace(shape, num_experts=min(shape.num_experts, options.experts))
-        for code in FORMATS[:3]:
-            for rank in (0, 32):
+        for code in FORMATS[:MEASURED]:
+            if options.only not in f"{shape.name} {code.name}":
+                continue
+            for rank in options.ranks:
                 gate_up, down = random_bank(shape, code, rank)
                 dense = [kbvq_kernels.dequantize(p, torch.bfloat16) for p in (gate_up, down)]
                 zeroed = [replace(p, bias=None) for p in (gate_up, down)]

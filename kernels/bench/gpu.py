@@ -23,6 +23,7 @@ import transformers
 import triton
 from synthetic import (
     FORMATS,
+    MEASURED,
     SHAPES,
     CodeFormat,
     ExpertShape,
@@ -117,10 +118,13 @@ def lookups() -> list[dict]:
 
 
 def packed_bytes_per_expert(bank) -> float:
-    return sum(
-        sum(t.numel() * t.element_size() for t in (p.codes, p.scale, p.bias, p.coefficients) if t is not None)
-        for p in bank
-    ) / bank[0].num_experts
+    return (
+        sum(
+            sum(t.numel() * t.element_size() for t in (p.codes, p.scale, p.bias, p.coefficients) if t is not None)
+            for p in bank
+        )
+        / bank[0].num_experts
+    )
 
 
 def check(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -192,12 +196,13 @@ def expert_block(run: Run, shape: ExpertShape, code: CodeFormat, rank: int, band
         chosen = launch.select_path(
             num_tokens, shape.top_k, shape.num_experts, torch.bfloat16, torch.cuda.get_device_capability(),
             shape.num_experts * 2 * shape.intermediate * shape.hidden * 2,
+            all(launch.decodes(p, torch.bfloat16) for p in banks[0]),
         )  # fmt: skip
-        others = [path for path in ("decode", "grouped", "scratch") if path != chosen]
+        others = [path for path in ("pairs", "blocks", "grouped", "scratch") if path != chosen]
         if not (baseline and shape is SHAPES[0]) or torch.cuda.get_device_capability() < (9, 0):
             others = []
-        elif num_tokens > 64 and "decode" in others:
-            others.remove("decode")
+        elif num_tokens > 64:
+            others = [path for path in others if path not in ("pairs", "blocks")]
         measured = measure(shape, num_tokens, name, banks, dense, int4, tuple(others))
         packed_bytes = measured["experts_hit"] * packed_bytes_per_expert(banks[0])
         seconds = 1e-6 * measured["us"]["packed"]
@@ -304,7 +309,7 @@ def model_speed(config, code: CodeFormat | None, name: str, shape: ExpertShape) 
 def whole_model(run: Run, config, shape: ExpertShape) -> list[dict]:
     """Tokens per second of decoding, packed and bfloat16, with CUDA graphs; memory of weights in GB."""
     rows = []
-    for code in (FORMATS[0], FORMATS[2], None):
+    for code in (FORMATS[0], FORMATS[1], None):
         name = "bf16" if code is None else code.name
         if not run.has(45, f"whole model {name}"):
             continue
@@ -329,6 +334,7 @@ def qwen3_config():
 
 def table(rows: list[dict]) -> str:
     """Markdown table of rows with equal keys."""
+
     def cell(value) -> str:
         if isinstance(value, dict):
             return ", ".join(f"{k} {v:.1f}" for k, v in value.items())
@@ -362,7 +368,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     # The model is the longest part: it goes before the other formats, of which some may be left out.
     report["whole_model"] = whole_model(model_run, qwen3_config(), SHAPES[0])
-    for code, rank in [(FORMATS[0], RANK), *((code, 0) for code in FORMATS[1:])]:
+    for code, rank in [(FORMATS[0], RANK), *((code, 0) for code in FORMATS[1:MEASURED])]:
         expert_block(run, SHAPES[0], code, rank, bandwidth, tokens=(1, 16, 512))
         gc.collect()
         torch.cuda.empty_cache()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,54 +40,82 @@ class CodeFormat:
     """A code format; bits are those of the codes alone."""
 
     name: str
+    codebook: str
     vector_dim: int
     codebook_size: int
-    num_stages: int
+    num_stages: int = 1
+    signed: bool = False
+    codebook_dtype: str = "float16"
+    num_groups: int = 1
 
     @property
     def bits(self) -> float:
-        return self.num_stages * (8 if self.codebook_size == 256 else 12) / self.vector_dim
+        return self.num_stages * math.log2(self.codebook_size) / self.vector_dim + self.signed
+
+    @property
+    def fields(self) -> dict[str, object]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
 
 
 FORMATS = (
-    CodeFormat("2b vq d4 256", 4, 256, 1),
-    CodeFormat("3b vq d4 4096", 4, 4096, 1),
-    CodeFormat("2b rq2 d8 256", 8, 256, 2),
-    CodeFormat("3b rq3 d8 256", 8, 256, 3),
-    CodeFormat("1.5b vq d8 4096", 8, 4096, 1),
-    CodeFormat("3b rq2 d8 4096", 8, 4096, 2),
+    CodeFormat("2b signed d8 int8", "vq", 8, 256, signed=True, codebook_dtype="int8"),
+    CodeFormat("3b signed d4 int8", "vq", 4, 256, signed=True, codebook_dtype="int8"),
+    CodeFormat("2b vq d4 int8", "vq", 4, 256, codebook_dtype="int8"),
+    CodeFormat("2b vq d4", "vq", 4, 256),
+    CodeFormat("2b trellis", "trellis", 1, 4),
+    CodeFormat("2b signed d8", "vq", 8, 256, signed=True),
+    CodeFormat("3b signed d4", "vq", 4, 256, signed=True),
+    CodeFormat("3b vq d4 4096 int8", "vq", 4, 4096, codebook_dtype="int8"),
+    CodeFormat("3b vq d4 4096", "vq", 4, 4096),
+    CodeFormat("1.5b vq d8 4096 int8", "vq", 8, 4096, codebook_dtype="int8"),
+    CodeFormat("1.5b vq d8 4096", "vq", 8, 4096),
+    CodeFormat("2b rq2 d8", "rq", 8, 256, 2),
+    CodeFormat("3b rq3 d8", "rq", 8, 256, 3),
+    CodeFormat("3b rq2 d8 4096", "rq", 8, 4096, 2),
+    CodeFormat("2b rq-moe2 d8", "rq-moe", 8, 256, 2, num_groups=8),
+    CodeFormat("3b rq-moe3 d8", "rq-moe", 8, 256, 3, num_groups=8),
 )
+"""The first five are measured, the rest only counted."""
+
+MEASURED = 5
 
 
 def random_tensors(
     code: CodeFormat, num_experts: int, out_features: int, in_features: int, rank: int = 0, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """(tensors, format fields) with random codes, scales and biases, and outputs of order one."""
-    vectors = in_features // code.vector_dim
-    row_bytes = code.num_stages * (vectors if code.codebook_size == 256 else vectors + (vectors + 1) // 2)
 
     def normal(*shape: int, scale: float) -> Tensor:
         return (torch.randn(*shape, device=device) * scale).half()
 
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, dtype=torch.uint8 if low >= 0 else torch.int8, device=device)
+
     width = (in_features * code.num_stages) ** -0.5
-    tensors = {
-        "codes": torch.randint(0, 256, (num_experts, out_features, row_bytes), dtype=torch.uint8, device=device),
-        "codebook": normal(1, code.num_stages, code.codebook_size, code.vector_dim, scale=width),
-        "scale": normal(num_experts, out_features, scale=0.1) + 1,
-        "bias": normal(num_experts, out_features, scale=0.1),
-    }
+    tensors = {"bias": normal(num_experts, out_features, scale=0.1)}
+    if code.codebook == "trellis":
+        tensors["codes"] = integers(0, 256, num_experts, in_features, int(out_features * code.bits) // 8)
+        tensors["scale"] = normal(num_experts, out_features, scale=0.1 * width) + width
+    else:
+        vectors, tables = in_features // code.vector_dim, 1 + (code.num_stages - 1) * code.num_groups
+        nibbles = (vectors + 1) // 2 if code.codebook_size > 256 else 0
+        row_bytes = code.num_stages * (vectors + nibbles) + (in_features // 8 if code.signed else 0)
+        tensors["codes"] = integers(0, 256, num_experts, out_features, row_bytes)
+        tensors["scale"] = normal(num_experts, out_features, scale=0.1) + 1
+        shape = (1, tables, code.codebook_size, code.vector_dim)
+        if code.codebook_dtype == "int8":
+            tensors["codebook"] = integers(0 if code.signed else -127, 127, *shape).to(torch.int8)
+            tensors["codebook_scale"] = torch.full((1, tables), width / 64, device=device).half()
+        else:
+            tensors["codebook"] = normal(*shape, scale=width)
+            if code.signed:
+                tensors["codebook"] = tensors["codebook"].abs()
+        if code.num_groups > 1:
+            tensors["groups"] = integers(0, code.num_groups, 1, code.codebook_size)
     if rank:
         tensors["basis"] = normal(rank, in_features, scale=in_features**-0.5)
         tensors["coefficients"] = normal(num_experts, out_features, rank, scale=rank**-0.5)
-    fields = {
-        "in_features": in_features,
-        "codebook": "vq" if code.num_stages == 1 else "rq",
-        "vector_dim": code.vector_dim,
-        "codebook_size": code.codebook_size,
-        "num_stages": code.num_stages,
-        "rank": rank,
-    }
-    return tensors, fields
+    return tensors, {"in_features": in_features, "rank": rank} | code.fields
 
 
 def random_bank(
@@ -96,6 +126,22 @@ def random_bank(
     made = (random_tensors(code, shape.num_experts, *size, rank=rank, device=device) for size in sizes)
     gate_up, down = (prepare(tensors, **fields, dtype=dtype) for tensors, fields in made)
     return gate_up, down
+
+
+def meta_bank(shape: ExpertShape, code: CodeFormat, rank: int = 0) -> tuple[PreparedProjection, PreparedProjection]:
+    """Prepared gate_up and down projections of which only shapes and dtypes exist, as on CUDA."""
+    bank = []
+    for rows, columns in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):
+        tensors, fields = random_tensors(code, 1, 16, columns, rank)
+        meta = {}
+        for name, t in tensors.items():
+            size = list(t.shape)
+            if name in ("codes", "scale", "bias", "coefficients"):
+                axis = 2 if name == "codes" and code.codebook == "trellis" else 1
+                size[0], size[axis] = shape.num_experts, size[axis] * rows // 16
+            meta[name] = torch.empty(size, dtype=t.dtype, device="meta")
+        bank.append(prepare(meta, **fields, dtype=torch.bfloat16))
+    return bank[0], bank[1]
 
 
 def random_routing(shape: ExpertShape, num_tokens: int, device: str = "cpu") -> tuple[Tensor, Tensor]:

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kbvq_kernels.prepared import PreparedProjection
-from kbvq_kernels.reference import ACTIVATIONS
+from kbvq_kernels.reference import ACTIVATIONS, trellis_states, weight_signs
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++14")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 
-DECODE_TOKENS = 4
+DECODE_TOKENS = 16
 """Up to this many tokens of one expert are multiplied while decoding; above, its rows are decoded once for F.linear."""
 
 
@@ -74,8 +74,8 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _address(t: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(t.data_ptr())
+def _address(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
 def _longs(*values: int) -> list[ctypes.c_long]:
@@ -83,26 +83,57 @@ def _longs(*values: int) -> list[ctypes.c_long]:
 
 
 def _format(p: PreparedProjection) -> tuple[int, ...]:
-    return (p.out_features, p.num_vectors, p.plane, p.row_bytes, p.vector_dim, p.codebook_size, p.num_stages)
+    codes = p.plane, p.row_bytes, p.vector_dim, p.codebook_size, p.num_stages, p.num_groups, p.signed
+    return p.out_features, p.num_vectors, *codes
 
 
-def decode_expert(p: PreparedProjection, expert: int) -> Tensor:
-    """decode(codes_e), float32 [N, K]."""
-    codes, table = p.codes[expert], p.table[min(expert, p.table.shape[0] - 1)]
-    compiled = library()
-    if compiled is not None:
-        out = torch.empty(p.out_features, p.in_features)
-        pointers = _address(codes), _address(table), _address(out)
-        compiled.kbvq_decode(*pointers, *_longs(*_format(p), torch.get_num_threads()))
-        return out
-    weight = None
-    for stage, planes in enumerate(codes.unflatten(-1, (p.num_stages, -1)).unbind(-2)):
+def _unpack_codes(p: PreparedProjection, expert: int) -> list[Tensor]:
+    """Codes of each stage, int32 [N, V]."""
+    size = p.plane * 3 // 2 if p.wide else p.plane
+    stages = []
+    for stage in range(p.num_stages):
+        planes = p.codes[expert, :, stage * size : (stage + 1) * size]
         code = planes[:, : p.plane].int()
         if p.wide:
             nibbles = planes[:, p.plane :].int()
             code = code | torch.stack([nibbles & 15, nibbles >> 4], -1).flatten(-2) << 8
-        part = F.embedding(code[:, : p.num_vectors], table[stage]).flatten(-2)
-        weight = part if weight is None else weight.add_(part)
+        stages.append(code[:, : p.num_vectors])
+    return stages
+
+
+@functools.cache
+def _byte_signs() -> Tensor:
+    """The eight signs that each byte of a sign plane stands for, float32 [256, 8]."""
+    return weight_signs(torch.arange(256, dtype=torch.uint8)[:, None]).float()
+
+
+def decode_expert(p: PreparedProjection, expert: int) -> Tensor:
+    """decode(codes_e), float32 [N, K]."""
+    book = min(expert, p.table.shape[0] - 1)
+    codes, table = p.codes[expert], p.table[book]
+    groups = None if p.groups is None else p.groups[book]
+    compiled = library()
+    if compiled is not None:
+        out = torch.empty(p.out_features, p.in_features)
+        threads = torch.get_num_threads()
+        if p.trellis_bits:
+            sizes = _longs(p.out_features, p.in_features, p.trellis_bits, threads)
+            compiled.kbvq_trellis_decode(_address(codes), _address(table), _address(out), *sizes)
+        else:
+            pointers = (_address(t) for t in (codes, table, groups, out))
+            compiled.kbvq_decode(*pointers, *_longs(*_format(p), threads))
+        return out
+    if p.trellis_bits:
+        return F.embedding(trellis_states(codes, p.trellis_bits), table.view(-1, 1))[..., 0].T.contiguous()
+    stages = _unpack_codes(p, expert)
+    weight = F.embedding(stages[0], table[0]).flatten(-2)
+    if p.signed:
+        signs = codes[:, p.plane : p.plane + p.in_features // 8].int()
+        return weight.mul_(F.embedding(signs, _byte_signs()).flatten(-2))
+    first = 0 if groups is None else groups.int()[stages[0]] * p.codebook_size
+    for stage, code in enumerate(stages[1:]):
+        tables = table[1 + stage * p.num_groups : 1 + (stage + 1) * p.num_groups].flatten(0, 1)
+        weight.add_(F.embedding(first + code, tables).flatten(-2))
     return weight
 
 
@@ -124,18 +155,21 @@ def dequantize(p: PreparedProjection, dtype: torch.dtype) -> Tensor:
     return torch.stack([dequantize_expert(p, e).to(dtype) for e in range(p.num_experts)])
 
 
-def _decode_products(x: Tensor, experts: Tensor, p: PreparedProjection, pairs_per_x: int) -> Tensor:
-    """W_e x + b_e of every pair, float32 [P, N]; x float32 [P / pairs_per_x, K], experts valid int64 [P]."""
+def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjection) -> Tensor:
+    """W_e x + b_e of every pair, float32 [P, N]; x float32 [., K], rows [P] of x, experts valid ascending int64 [P]."""
     pairs = experts.numel()
     out = torch.empty(pairs, p.out_features)
-    rows, vectors, plane, row_bytes, dim, codewords, stages = _format(p)
-    sizes = (pairs, pairs_per_x, rows, vectors, plane, row_bytes, dim, codewords, stages)
-    library().kbvq_products(
-        *(_address(t) for t in (p.codes, p.table, x, experts, out)),
-        *_longs(*sizes, p.table.shape[0] > 1, torch.get_num_threads()),
-    )
+    threads = torch.get_num_threads()
+    if p.trellis_bits:
+        pointers = (_address(t) for t in (p.codes, p.table, x, rows, experts, out))
+        sizes = pairs, p.out_features, p.in_features, p.trellis_bits, threads
+        library().kbvq_trellis_products(*pointers, *_longs(*sizes))
+    else:
+        pointers = (_address(t) for t in (p.codes, p.table, p.groups, x, rows, experts, out))
+        sizes = pairs, *_format(p), p.table.shape[0] > 1, threads
+        library().kbvq_products(*pointers, *_longs(*sizes))
     if p.rank:
-        low = (x @ p.basis.float().T).repeat_interleave(pairs_per_x, 0)
+        low = (x @ p.basis.float().T)[rows]
         if p.factor_scale is not None:
             low = low * p.factor_scale[experts]
         for pair, e in enumerate(experts.tolist()):
@@ -177,11 +211,11 @@ def moe_forward(
         few = torch.zeros_like(valid)
     if few.any():
         pairs = few.nonzero().squeeze(1)
-        hit = flat[pairs].contiguous()
-        every = len(pairs) == len(flat)
-        inputs = x.float().contiguous() if every else x[pairs // top_k].float()
-        gate, up = _decode_products(inputs, hit, gate_up, top_k if every else 1).chunk(2, -1)
-        rows[pairs] = _decode_products((act(gate) * up).contiguous(), hit, down, 1)
+        hit, order = flat[pairs].sort(stable=True)
+        pairs = pairs[order]
+        gate, up = _decode_products(x.float().contiguous(), pairs // top_k, hit, gate_up).chunk(2, -1)
+        h = (act(gate) * up).contiguous()
+        rows[pairs] = _decode_products(h, torch.arange(len(pairs)), hit, down)
     many = valid & ~few
     for e in flat[many].unique().tolist():
         pairs = (many & (flat == e)).nonzero().squeeze(1)

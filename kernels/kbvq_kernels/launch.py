@@ -23,6 +23,12 @@ SCRATCH_TOKENS_PER_EXPERT = 400
 SCRATCH_BYTES = 2 << 30
 """The scratch path is not used when the dequantized bank would take more than this."""
 
+FULL_CARD = 1056
+"""Warps that keep a card busy: 8 for each of 132 multiprocessors."""
+
+DECODE_TOKENS_PER_EXPERT = 24
+"""Up to this many tokens per expert decode_kernel serves, above grouped_kernel."""
+
 LOW_RANK_ROWS = 64
 """Up to this many rows x @ basis.T runs as one program per row, above as a matrix product."""
 
@@ -40,15 +46,19 @@ def select_path(
     dtype: torch.dtype,
     compute_capability: tuple[int, int],
     scratch_bytes: int,
+    decodable: bool = True,
 ) -> str:
-    """"decode", "grouped" or "scratch" for one call, from shapes and device alone.
+    """ "pairs", "blocks", "grouped" or "scratch" for one call, from shapes, format and device alone.
 
-    decode: gate_up_kernel and down_kernel, one program per pair.
-    grouped: grouped_kernel on tensor cores, pairs aligned to blocks on the device.
+    pairs: decode_kernel, each pair by itself; where both projections are `decodable`.
+    blocks: decode_kernel, pairs aligned on the device to blocks of one expert.
+    grouped: the same with grouped_kernel.
     scratch: dequantize_kernel and F.grouped_mm, which is graph safe for bfloat16 on compute capability 9 and up.
     """
-    if expected_reuse(num_tokens, top_k, num_experts) <= DECODE_REUSE:
-        return "decode"
+    if decodable and expected_reuse(num_tokens, top_k, num_experts) <= DECODE_REUSE:
+        return "pairs"
+    if decodable and num_tokens * top_k <= DECODE_TOKENS_PER_EXPERT * num_experts:
+        return "blocks"
     if (
         num_tokens * top_k >= SCRATCH_TOKENS_PER_EXPERT * num_experts
         and dtype == torch.bfloat16
@@ -63,40 +73,36 @@ def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def decode_block_words(p: PreparedProjection, rows: int) -> int:
-    """Code words (of 4 codes) per tile of `rows` rows.
-
-    The largest of 64, 32, 16 that leaves at most 1/8 of the last tile idle and whose codes and codewords fit the
-    registers of 4 warps: 16 rows of 64 words of one-stage codes of dimension 4 take about 64 registers each.
-    """
-    words = p.plane // 4
-    most = 1024 // (rows * p.num_stages * max(1, p.vector_dim // 4))
-    for block in (64, 32):
-        if block <= most and -(-words // block) * block * 8 <= words * 9:
-            return block
-    return 16
+def _bf16(p: PreparedProjection, dtype: torch.dtype) -> bool:
+    """Whether codewords are decoded to bfloat16 (else float16): int8 ones follow the hidden states."""
+    return (dtype if p.table.dtype == torch.int8 else p.table.dtype) == torch.bfloat16
 
 
-def format_constants(p: PreparedProjection) -> dict[str, int | bool]:
-    """The constexpr arguments that every kernel which reads codes takes."""
+def format_constants(p: PreparedProjection, dtype: torch.dtype) -> dict[str, int | bool]:
+    """The arguments that every kernel which reads codes takes; dtype: of the hidden states."""
+    bf16 = _bf16(p, dtype)
     return {
+        "mask": 0x007F007F,
+        "magic": 0x43004300 if bf16 else 0x64006400,  # pairs of 128 or 1024, whose last bit counts one
         "N": p.out_features,
         "K": p.in_features,
         "D": p.vector_dim,
         "C": p.codebook_size,
         "STAGES": p.num_stages,
+        "GROUPS": p.num_groups,
+        "TABLES": p.num_tables,
         "PLANE": p.plane,
         "WIDE": p.wide,
+        "INT8": p.table.dtype == torch.int8,
+        "SIGNED": p.signed,
+        "BITS": p.trellis_bits,
         "ROW_BYTES": p.row_bytes,
         "PER_EXPERT": p.table.shape[0] > 1,
         "SCALE": p.scale is not None,
         "RANK": p.rank,
         "FACTOR_SCALE": p.factor_scale is not None,
+        "BF16": bf16,
     }
-
-
-def _words(t: Tensor, vector_dim: int) -> Tensor:
-    return t.view(torch.int64 if vector_dim >= 4 else torch.int32)
 
 
 def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -104,10 +110,10 @@ def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if t is None else t
 
 
-def low_rank(x: Tensor, p: PreparedProjection, planes: bool = False) -> Tensor:
-    """x @ basis.T without the int8 scales, float32 [M, rank]; planes: x is in plane order."""
+def low_rank(x: Tensor, p: PreparedProjection) -> Tensor:
+    """x @ basis.T without the int8 scales, float32 [M, rank]."""
     rows = x.shape[0]
-    if rows > LOW_RANK_ROWS and not planes:
+    if rows > LOW_RANK_ROWS:
         return x.float() @ p.basis.float().T
     out = torch.empty(rows, p.rank, dtype=torch.float32, device=x.device)
     bf16 = x.dtype == torch.bfloat16
@@ -118,11 +124,7 @@ def low_rank(x: Tensor, p: PreparedProjection, planes: bool = False) -> Tensor:
         out,
         K=p.in_features,
         RANK=p.rank,
-        X_STRIDE=x.shape[1],
         X_BF16=bf16,
-        X_PLANES=planes,
-        PLANE=p.plane,
-        D=p.vector_dim,
         BLOCK_R=block_r,
         BLOCK_K=min(512, power_of_2(p.in_features)),
         num_warps=4,
@@ -130,81 +132,90 @@ def low_rank(x: Tensor, p: PreparedProjection, planes: bool = False) -> Tensor:
     return out
 
 
-def _decode_arguments(x: Tensor, p: PreparedProjection, rows: int) -> tuple[list[Tensor], dict]:
-    """Pointers (codes .. factor_scale) and constants shared by the two decode kernels; rows: of a tile."""
-    c = p.codes
-    pointers = [
+def decodes(p: PreparedProjection, dtype: torch.dtype) -> bool:
+    """If decode_kernel serves the projection: vectors of 4 or 8, codewords and hidden states of one 16-bit type."""
+    same = p.table.dtype == dtype or (p.table.dtype == torch.int8 and dtype in (torch.bfloat16, torch.float16))
+    return p.vector_dim in (4, 8) and same
+
+
+def decode_blocks(
+    p: PreparedProjection, width: int, num_blocks: int, block_m: int, compute_capability: tuple[int, int]
+) -> dict[str, int]:
+    """Tile of decode_kernel: WARPS warps split the columns of BLOCK_N rows and take LENGTH code words a lane at a time.
+
+    width: rows that the launch covers, a gate and its up row for one. num_blocks: of pairs. BLOCK_N is 64, so that
+    more rows share the loads of several tokens' x, where that fills the card; more warps where 32 would not. Several
+    stages need registers for their codes, and before compute capability 9 bfloat16 arithmetic needs them.
+    The widest loads that leave at most 1/8 of the last step idle.
+    """
+    words = p.plane // 4
+    rows = width * 2 if width < p.out_features else width
+    block_n = 32 if p.num_stages == 1 else 16
+    lengths = (4, 2) if compute_capability >= (9, 0) else (2,)
+    if p.num_stages == 1 and 1 < block_m <= 16 and rows // 64 * num_blocks >= FULL_CARD:
+        block_n, lengths = 64, (2,)
+    programs = rows // block_n * num_blocks
+    spread = 4 if programs < FULL_CARD // 2 else 2 if programs < FULL_CARD else 1
+    options = [(warps, length) for warps in (4, 2, 1) if warps <= spread for length in lengths]
+    fitting = [o for o in options if -(-words // (4 * o[0] * o[1])) * 4 * o[0] * o[1] * 8 <= words * 9]
+    warps, length = (fitting or [(1, 2)])[0]
+    return {"BLOCK_N": block_n, "WARPS": warps, "LENGTH": length, "num_warps": warps}
+
+
+def decode_block_m(tokens_per_expert: float) -> int:
+    """Pairs of a block of decode_kernel: room for most experts' tokens when they are spread at random."""
+    return 8 if tokens_per_expert <= 4 else 16 if tokens_per_expert <= 10 else 32
+
+
+def decode(
+    x: Tensor,
+    experts: Tensor | None,
+    sorted_pairs: Tensor | None,
+    top_k: int,
+    num_pairs: int,
+    p: PreparedProjection,
+    out: Tensor,
+    activation: str | None,
+    block_m: int = 8,
+) -> None:
+    """One projection of all pairs into out; activation: gate and up are fused into act(gate) * up; None: down.
+
+    experts, sorted_pairs: each pair's expert and None (experts None: all to expert 0), or from `align` by block_m.
+    """
+    gated = activation is not None
+    low = low_rank(x, p) if p.rank else x
+    c, aligned = p.codes, sorted_pairs is not None
+    width = p.out_features // 2 if gated else p.out_features
+    num_blocks = experts.numel() if aligned else num_pairs
+    tile = decode_blocks(p, width, num_blocks, block_m if aligned else 1, capability(x))
+    kernels.decode_kernel[(triton.cdiv(width, tile["BLOCK_N"] // (2 if gated else 1)), num_blocks)](
+        x.view(torch.int32),
+        low,
+        _or(experts, x),
+        _or(sorted_pairs, x),
         c.view(torch.int32),
         c.view(torch.int16),
         p.words,
+        _or(p.groups, c),
         _or(p.scale, c),
         _or(p.bias, c),
         _or(p.coefficients, c),
         _or(p.factor_scale, c),
-    ]
-    constants = format_constants(p) | {
-        "BIAS": p.bias is not None,
-        "TABLE_BF16": p.table.dtype == torch.bfloat16,
-        "X_BITS": 32 if x.dtype == torch.float32 else 16,
-        "X_BF16": x.dtype == torch.bfloat16,
-        "BLOCK_W": decode_block_words(p, rows),
-        "BLOCK_R": power_of_2(p.rank),
-        "num_warps": 4,
-    }
-    return pointers, constants
-
-
-def gate_up(
-    x: Tensor,
-    experts: Tensor | None,
-    top_k: int,
-    p: PreparedProjection,
-    h: Tensor,
-    down: PreparedProjection,
-    activation: str,
-) -> None:
-    """Fill h [T * top_k, down.plane * down.vector_dim], in plane order, with act(gate) * up of every pair."""
-    low = low_rank(x, p) if p.rank else x
-    block_n = 8
-    pointers, constants = _decode_arguments(x, p, 2 * block_n)
-    kernels.gate_up_kernel[(triton.cdiv(p.out_features // 2, block_n), x.shape[0] * top_k)](
-        x if x.dtype == torch.float32 else _words(x, p.vector_dim),
-        low,
-        _or(experts, x),
-        *pointers,
-        h,
+        out,
+        num_pairs,
         TOP_K=top_k,
         E=p.num_experts,
-        H_PLANE=down.plane,
-        H_D=down.vector_dim,
+        BIAS=p.bias is not None,
+        GATED=gated,
+        ALIGNED=aligned,
         ROUTED=experts is not None,
-        ACTIVATION=activation,
-        BLOCK_N=block_n,
-        **constants,
-    )
-
-
-def down(
-    h: Tensor, experts: Tensor | None, weights: Tensor | None, top_k: int, p: PreparedProjection, y: Tensor
-) -> None:
-    """Fill y [T, N] with the weighted sum over each token's experts; h as `gate_up` leaves it."""
-    low = low_rank(h, p, planes=True) if p.rank else h
-    block_j = power_of_2(top_k)
-    block_n = max(1, 32 // block_j)
-    pointers, constants = _decode_arguments(h, p, block_n * block_j)
-    kernels.down_kernel[(triton.cdiv(p.out_features, block_n), y.shape[0])](
-        h if h.dtype == torch.float32 else _words(h, p.vector_dim),
-        low,
-        _or(experts, h),
-        _or(weights, h),
-        *pointers,
-        y,
-        TOP_K=top_k,
-        E=p.num_experts,
-        ROUTED=experts is not None,
-        BLOCK_J=block_j,
-        BLOCK_N=block_n,
-        **constants,
+        ACTIVATION=activation or "relu",
+        FLOAT32=_interpreted(),
+        BLOCK_M=block_m,
+        BLOCK_R=max(16, power_of_2(p.rank)),
+        num_stages=1,
+        **tile,
+        **format_constants(p, x.dtype),
     )
 
 
@@ -266,7 +277,8 @@ def grouped(
         sorted_pairs,
         block_experts,
         p.codes,
-        p.table,
+        p.words,
+        _or(p.groups, x),
         _or(p.scale, x),
         _or(p.bias, x),
         _or(p.coefficients, x),
@@ -281,11 +293,11 @@ def grouped(
         BLACKWELL=capability(x) >= (10, 0),
         BLOCK_M=blocks["BLOCK_M"],
         BLOCK_N=blocks["BLOCK_N"],
-        BLOCK_V=max(8, min(blocks["BLOCK_K"] // p.vector_dim, power_of_2(p.plane))),
+        BLOCK_V=max(8, min(blocks["BLOCK_K"] // p.vector_dim, power_of_2(p.num_vectors))),
         BLOCK_R=max(16, power_of_2(p.rank)),
         num_warps=blocks["num_warps"],
         num_stages=1,
-        **format_constants(p),
+        **format_constants(p, x.dtype),
     )
 
 
@@ -299,9 +311,7 @@ def _interpreted() -> bool:
     return not isinstance(kernels.grouped_kernel, triton.JITFunction)
 
 
-def combine(
-    rows: Tensor, slots: Tensor | None, experts: Tensor, weights: Tensor, num_experts: int, y: Tensor
-) -> None:
+def combine(rows: Tensor, slots: Tensor | None, experts: Tensor, weights: Tensor, num_experts: int, y: Tensor) -> None:
     """Fill y [T, N] with the weighted sum of every token's rows; slots: where each pair's row lies, None: in order."""
     num_tokens, top_k = experts.shape
     block_j = power_of_2(top_k)
@@ -326,11 +336,12 @@ def combine(
 
 def dequantize(p: PreparedProjection, out: Tensor) -> None:
     """Fill out [E, N, K], any float dtype, with the stored weights."""
-    block_n, block_v = 32, 16
+    block_n, block_v = 32, 128 if p.trellis_bits else 16
     grid = (triton.cdiv(p.out_features, block_n), triton.cdiv(p.num_vectors, block_v), p.num_experts)
     kernels.dequantize_kernel[grid](
         p.codes,
-        p.table,
+        p.words,
+        _or(p.groups, out),
         _or(p.scale, out),
         _or(p.basis, out),
         _or(p.coefficients, out),
@@ -340,7 +351,7 @@ def dequantize(p: PreparedProjection, out: Tensor) -> None:
         BLOCK_V=block_v,
         BLOCK_R=max(16, power_of_2(p.rank)),
         num_warps=4,
-        **format_constants(p),
+        **format_constants(p, torch.float16),
     )
 
 
@@ -375,29 +386,37 @@ def moe_forward(
             x.dtype,
             capability(x),
             num_experts * larger * x.element_size(),
+            all(decodes(p, x.dtype) for p in (gate_up_proj, down_proj)),
         )
     y = torch.empty(num_tokens, down_proj.out_features, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return y
-    if path == "decode":
-        if experts is not None:
-            experts, weights = experts.contiguous(), weights.contiguous()
-        h = torch.empty(num_tokens * top_k, down_proj.plane * down_proj.vector_dim, dtype=x.dtype, device=x.device)
-        gate_up(x, experts, top_k, gate_up_proj, h, down_proj, activation)
-        down(h, experts, weights, top_k, down_proj, y)
+    num_pairs = num_tokens * top_k
+    if path != "scratch":
+        h = torch.empty(num_pairs, intermediate, dtype=x.dtype, device=x.device)
+        rows = torch.empty(num_pairs, down_proj.out_features, dtype=x.dtype, device=x.device)
+    if path == "pairs" and experts is None:
+        decode(x, None, None, 1, num_pairs, gate_up_proj, h, activation)
+        decode(h, None, None, 1, num_pairs, down_proj, y, None)
         return y
     if experts is None:
         experts = torch.zeros(num_tokens, 1, dtype=torch.int64, device=x.device)
         weights = torch.ones(num_tokens, 1, dtype=torch.float32, device=x.device)
     experts, weights = experts.contiguous(), weights.contiguous()
-    num_pairs = experts.numel()
-    if path == "grouped":
+    if path == "pairs":
+        decode(x, experts, None, top_k, num_pairs, gate_up_proj, h, activation)
+        decode(h, experts, None, 1, num_pairs, down_proj, rows, None)
+    elif path == "blocks":
+        block_m = decode_block_m(num_pairs / num_experts)
+        sorted_pairs, block_experts, _, _ = align(experts, num_experts, block_m)
+        decode(x, block_experts, sorted_pairs, top_k, num_pairs, gate_up_proj, h, activation, block_m)
+        decode(h, block_experts, sorted_pairs, 1, num_pairs, down_proj, rows, None, block_m)
+    elif path == "grouped":
         blocks = grouped_blocks(num_pairs / num_experts)
         sorted_pairs, block_experts, _, _ = align(experts, num_experts, blocks["BLOCK_M"])
-        h = torch.empty(num_pairs, intermediate, dtype=x.dtype, device=x.device)
-        rows = torch.empty(num_pairs, down_proj.out_features, dtype=x.dtype, device=x.device)
         grouped(x, sorted_pairs, block_experts, top_k, num_pairs, gate_up_proj, h, blocks, activation)
         grouped(h, sorted_pairs, block_experts, 1, num_pairs, down_proj, rows, blocks, None)
+    if path != "scratch":
         combine(rows, None, experts, weights, num_experts, y)
         return y
     sorted_pairs, block_experts, ends, slots = align(experts, num_experts, 1)

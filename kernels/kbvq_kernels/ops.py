@@ -1,7 +1,7 @@
 """The ops that models call: `kbvq::moe` and `kbvq::dequantize`, with CPU, CUDA and fake implementations.
 
-A projection reaches an op as its tensors, in the order of `PreparedProjection.tensors`, and the two integers
-that these do not determine. Triton is imported by the first call on CUDA, not before.
+A projection reaches an op as its tensors, in the order of `PreparedProjection.tensors`, and the
+numbers that these do not determine. Triton is imported by the first call on CUDA, not before.
 """
 
 from __future__ import annotations
@@ -20,27 +20,23 @@ def _moe(
     top_k_index: Tensor | None,
     top_k_weights: Tensor | None,
     gate_up: list[Tensor | None],
-    gate_up_in: int,
-    gate_up_plane: int,
+    gate_up_numbers: list[int],
     down: list[Tensor | None],
-    down_in: int,
-    down_plane: int,
+    down_numbers: list[int],
     activation: str,
 ) -> Tensor:
     return cpu.moe_forward(
         hidden_states,
         top_k_index,
         top_k_weights,
-        PreparedProjection.from_tensors(gate_up, gate_up_in, gate_up_plane),
-        PreparedProjection.from_tensors(down, down_in, down_plane),
+        PreparedProjection.from_tensors(gate_up, gate_up_numbers),
+        PreparedProjection.from_tensors(down, down_numbers),
         activation,
     )
 
 
 @_moe.register_kernel("cuda")
-def _(
-    hidden_states, top_k_index, top_k_weights, gate_up, gate_up_in, gate_up_plane, down, down_in, down_plane, activation
-):
+def _(hidden_states, top_k_index, top_k_weights, gate_up, gate_up_numbers, down, down_numbers, activation):
     from kbvq_kernels import launch
 
     with torch.cuda.device(hidden_states.device):
@@ -48,29 +44,29 @@ def _(
             hidden_states,
             top_k_index,
             top_k_weights,
-            PreparedProjection.from_tensors(gate_up, gate_up_in, gate_up_plane),
-            PreparedProjection.from_tensors(down, down_in, down_plane),
+            PreparedProjection.from_tensors(gate_up, gate_up_numbers),
+            PreparedProjection.from_tensors(down, down_numbers),
             activation,
         )
 
 
 @_moe.register_fake
-def _(
-    hidden_states, top_k_index, top_k_weights, gate_up, gate_up_in, gate_up_plane, down, down_in, down_plane, activation
-):
-    return hidden_states.new_empty(hidden_states.shape[0], down[0].shape[1])
+def _(hidden_states, top_k_index, top_k_weights, gate_up, gate_up_numbers, down, down_numbers, activation):
+    return hidden_states.new_empty(
+        hidden_states.shape[0], PreparedProjection.from_tensors(down, down_numbers).out_features
+    )
 
 
 @torch.library.custom_op("kbvq::dequantize", mutates_args=(), device_types="cpu")
-def _dequantize(tensors: list[Tensor | None], in_features: int, plane: int, dtype: torch.dtype) -> Tensor:
-    return cpu.dequantize(PreparedProjection.from_tensors(tensors, in_features, plane), dtype)
+def _dequantize(tensors: list[Tensor | None], numbers: list[int], dtype: torch.dtype) -> Tensor:
+    return cpu.dequantize(PreparedProjection.from_tensors(tensors, numbers), dtype)
 
 
 @_dequantize.register_kernel("cuda")
-def _(tensors, in_features, plane, dtype):
+def _(tensors, numbers, dtype):
     from kbvq_kernels import launch
 
-    p = PreparedProjection.from_tensors(tensors, in_features, plane)
+    p = PreparedProjection.from_tensors(tensors, numbers)
     out = torch.empty(p.num_experts, p.out_features, p.in_features, dtype=dtype, device=p.codes.device)
     with torch.cuda.device(out.device):
         launch.dequantize(p, out)
@@ -78,8 +74,9 @@ def _(tensors, in_features, plane, dtype):
 
 
 @_dequantize.register_fake
-def _(tensors, in_features, plane, dtype):
-    return tensors[0].new_empty(tensors[0].shape[0], tensors[0].shape[1], in_features, dtype=dtype)
+def _(tensors, numbers, dtype):
+    p = PreparedProjection.from_tensors(tensors, numbers)
+    return p.codes.new_empty(p.num_experts, p.out_features, p.in_features, dtype=dtype)
 
 
 def moe_forward(
@@ -106,15 +103,13 @@ def moe_forward(
         top_k_index,
         top_k_weights,
         gate_up.tensors(),
-        gate_up.in_features,
-        gate_up.plane,
+        gate_up.numbers(),
         down.tensors(),
-        down.in_features,
-        down.plane,
+        down.numbers(),
         activation,
     )
 
 
 def dequantize(p: PreparedProjection, dtype: torch.dtype = torch.float32) -> Tensor:
     """Stored weights [num_experts, out_features, in_features], without the bias."""
-    return _dequantize(p.tensors(), p.in_features, p.plane, dtype)
+    return _dequantize(p.tensors(), p.numbers(), dtype)

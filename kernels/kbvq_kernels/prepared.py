@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kbvq_kernels.reference import ACTIVATIONS
+from kbvq_kernels.reference import ACTIVATIONS, trellis_codewords, trellis_levels
 
-CODEBOOKS = ("vq", "rq")
+logger = logging.getLogger(__name__)
+
+CODEBOOKS = ("vq", "rq", "rq-moe", "trellis")
 CODEBOOK_SIZES = (256, 4096)
+TRELLIS_SIZES = (2, 4, 8, 16)
 VECTOR_DIMS = (2, 4, 8)
 MAX_STAGES = 3
+MAX_GROUPS = 8
 MAX_RANK = 256
 
 
@@ -26,24 +32,62 @@ def supports(
     num_stages: int = 1,
     rank: int = 0,
     factor_dtype: str = "float16",
+    signed: bool = False,
+    codebook_dtype: str = "float16",
+    num_groups: int = 1,
     activation: str = "silu",
     **_: object,
 ) -> str | None:
     """None when the kernels serve this format, else the reason why not. Takes the fields of a projection's format."""
+    trellis = codebook == "trellis"
     for name, value, served in (
         ("codebook", codebook, CODEBOOKS),
-        ("vector_dim", vector_dim, VECTOR_DIMS),
-        ("codebook_size", codebook_size, CODEBOOK_SIZES),
+        ("vector_dim", vector_dim, (1,) if trellis else VECTOR_DIMS),
+        ("codebook_size", codebook_size, TRELLIS_SIZES if trellis else CODEBOOK_SIZES),
+        ("codebook_dtype", codebook_dtype, ("float16", "int8")),
         ("factor_dtype", factor_dtype, ("float16", "int8")),
         ("activation", activation, tuple(ACTIVATIONS)),
     ):
         if value not in served:
             return f"no kernel serves {name} {value!r}; served: {', '.join(map(str, served))}"
-    if not 1 <= num_stages <= MAX_STAGES or (codebook == "vq" and num_stages != 1):
-        return f"no kernel serves codebook {codebook!r} with {num_stages} stages; vq has 1, rq up to {MAX_STAGES}"
+    if not 1 <= num_stages <= MAX_STAGES or (codebook in ("vq", "trellis") and num_stages != 1):
+        return (
+            f"no kernel serves codebook {codebook!r} with {num_stages} stages; "
+            f"vq and trellis have 1, rq and rq-moe up to {MAX_STAGES}"
+        )
+    if signed and (codebook != "vq" or codebook_size != 256 or vector_dim == 2):
+        return (
+            f"no kernel serves sign bits with codebook {codebook!r} of {codebook_size} and vector_dim {vector_dim}; "
+            "they go with vq of 256 and vector_dim 4 or 8"
+        )
+    if num_groups != 1 and (codebook != "rq-moe" or not 1 <= num_groups <= MAX_GROUPS):
+        return f"no kernel serves codebook {codebook!r} with {num_groups} groups; rq-moe has up to {MAX_GROUPS}"
     if not 0 <= rank <= MAX_RANK:
         return f"no kernel serves a low-rank part of rank {rank}; at most {MAX_RANK}"
     return None
+
+
+def slower_than_bf16(
+    *, codebook: str, vector_dim: int, codebook_size: int, num_stages: int = 1, device_type: str = "cuda", **_: object
+) -> str | None:
+    """Why this served format is expected to decode no faster than bfloat16 weights, or more slowly, else None.
+
+    On CUDA from the ceilings in README.md, which were computed, not timed; on CPU from timings there.
+    """
+    if codebook == "trellis":
+        return "a trellis code costs one table lookup and a window of bits per weight"
+    if device_type == "cpu":
+        return None
+    if num_stages >= 2:
+        return f"{num_stages} stages of {codebook_size} codewords cost too many table lookups"
+    if vector_dim == 2 and codebook_size > 256:
+        return f"vectors of 2 from {codebook_size} codewords cost too many table lookups"
+    return None
+
+
+@cache
+def _warn(reason: str, device_type: str) -> None:
+    logger.warning("kbvq: these experts are expected to run no faster on %s than in bfloat16: %s", device_type, reason)
 
 
 @dataclass(frozen=True)
@@ -51,18 +95,23 @@ class PreparedProjection:
     """A packed projection as the kernels read it.
 
     codes: uint8 [E, N, row_bytes]; per stage `plane` low bytes, then for 12-bit codes `plane / 2` bytes of
-        nibbles. `plane` is the number of vectors rounded up so that every plane starts at a multiple of 16 bytes.
-    table: codewords [1 or E, num_stages, codebook_size, vector_dim]; bfloat16 or float16 on CUDA, float32 on CPU.
-    words: on CUDA the same codewords as words of 8 bytes (4 when vector_dim is 2), int64 or int32
-        [1 or E, num_stages, words per codeword, codebook_size]; None on CPU.
-    scale, bias: float16 [E, N] or None.
+        nibbles; then for signed codes `plane * vector_dim / 8` bytes of signs. `plane` is the number of vectors
+        rounded up so that every plane starts at a multiple of 16 bytes. Trellis: [E, K, N * bits / 8], as stored.
+    table: codewords [1 or E, num_tables, codebook_size, vector_dim]; on CPU float32; on CUDA int8 where one table of
+        vectors of 4 or 8 is stored so, else bfloat16 or float16. Trellis: the value of each state, [1, 1, 4096, 1].
+    words: what the kernels look up on CUDA, made by `table_words`: int32 or int64 [1 or E, num_tables, words per
+        codeword, codebook_size]; trellis: its 256 levels, in a 16-bit float. None on CPU.
+    groups: uint8 [1 or E, codebook_size], the group of each codeword of stage 0, or None.
+    scale: [E, N] float16, or float32 where the scale of an int8 table is part of it, or None. bias: float16 or None.
     basis: [rank, K], coefficients: [E, N, rank], both float16 or both int8, or None.
-    factor_scale: float32 [E, rank], the product of the int8 scales of basis and coefficients, or None.
+    factor_scale: float32 [E, rank], multiplies basis @ x of each expert (the int8 scales of basis and coefficients,
+        over the scale of the table where that is part of `scale`), or None.
     """
 
     codes: Tensor
     table: Tensor
     words: Tensor | None
+    groups: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
     basis: Tensor | None
@@ -70,6 +119,9 @@ class PreparedProjection:
     factor_scale: Tensor | None
     in_features: int
     plane: int
+    num_stages: int
+    trellis_bits: int
+    signed: bool
 
     @property
     def num_experts(self) -> int:
@@ -77,15 +129,20 @@ class PreparedProjection:
 
     @property
     def out_features(self) -> int:
-        return self.codes.shape[1]
+        return self.codes.shape[2] * 8 // self.trellis_bits if self.trellis_bits else self.codes.shape[1]
 
     @property
     def row_bytes(self) -> int:
         return self.codes.shape[2]
 
     @property
-    def num_stages(self) -> int:
+    def num_tables(self) -> int:
         return self.table.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        """Tables of each stage after the first."""
+        return (self.num_tables - 1) // (self.num_stages - 1) if self.num_stages > 1 else 1
 
     @property
     def codebook_size(self) -> int:
@@ -98,7 +155,7 @@ class PreparedProjection:
     @property
     def wide(self) -> bool:
         """Codes of 12 bits, in two planes."""
-        return self.codebook_size > 256
+        return self.codebook_size > 256 and not self.trellis_bits
 
     @property
     def num_vectors(self) -> int:
@@ -110,18 +167,41 @@ class PreparedProjection:
 
     def tensors(self) -> list[Tensor | None]:
         """The tensors in the order in which the custom ops take them."""
-        factors = [self.basis, self.coefficients, self.factor_scale]
-        return [self.codes, self.table, self.words, self.scale, self.bias, *factors]
+        codewords = [self.codes, self.table, self.words, self.groups]
+        return [*codewords, self.scale, self.bias, self.basis, self.coefficients, self.factor_scale]
+
+    def numbers(self) -> list[int]:
+        """What the tensors do not determine, in the order in which the custom ops take it."""
+        return [self.in_features, self.plane, self.num_stages, self.trellis_bits, int(self.signed)]
 
     @classmethod
-    def from_tensors(cls, tensors: list[Tensor | None], in_features: int, plane: int) -> PreparedProjection:
-        return cls(*tensors, in_features, plane)
+    def from_tensors(cls, tensors: list[Tensor | None], numbers: list[int]) -> PreparedProjection:
+        return cls(*tensors, *numbers[:-1], bool(numbers[-1]))
 
 
 def table_words(table: Tensor) -> Tensor:
-    """`PreparedProjection.words` of a table of 16-bit codewords."""
-    words = table.view(torch.int64 if table.shape[-1] >= 4 else torch.int32)
+    """`PreparedProjection.words` of a table of 8- or 16-bit codewords.
+
+    int8 values become sign and magnitude, and of every four the inner two change places: a mask then isolates values
+    0 and 1, or after a shift by 8 values 2 and 3, each in its half of an int32.
+    """
+    if table.dtype == torch.int8:
+        magnitude = table.short().abs() | (table < 0).short() << 7
+        table = magnitude.to(torch.uint8).unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3).contiguous()
+    size = min(8, table.shape[-1] * table.element_size())
+    words = table.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
     return words.transpose(-1, -2).contiguous()
+
+
+def _aligned_codes(codes: Tensor, num_vectors: int, plane: int, num_stages: int, wide: bool, sign_bytes: int) -> Tensor:
+    """Rows whose planes start at multiples of 16 bytes: the same tensor where they do already, else a padded copy."""
+    if plane == num_vectors:
+        shared = codes.is_contiguous() and codes.data_ptr() % 16 == 0
+        return codes if shared else codes.clone(memory_format=torch.contiguous_format)
+    sizes = ([num_vectors] + [(num_vectors + 1) // 2] * wide) * num_stages + [sign_bytes] * (sign_bytes > 0)
+    padded = ([plane] + [plane // 2] * wide) * num_stages + [-(-sign_bytes * plane // num_vectors)] * (sign_bytes > 0)
+    planes = codes.split(sizes, -1)
+    return torch.cat([F.pad(part, (0, want - part.shape[-1])) for part, want in zip(planes, padded, strict=True)], -1)
 
 
 def prepare(
@@ -134,18 +214,26 @@ def prepare(
     num_stages: int = 1,
     rank: int = 0,
     factor_dtype: str = "float16",
+    signed: bool = False,
+    codebook_dtype: str = "float16",
+    num_groups: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    device_type: str | None = None,
     **_: object,
 ) -> PreparedProjection:
     """Packed tensors, all on one device, into the form the kernels read; to be done once at load.
 
-    Takes the tensors of a packed projection, its format's fields and the dtype of the hidden states. The codes
+    Takes the tensors of a packed projection, its format's fields and the dtype of the hidden states. device_type:
+    "cpu" or "cuda", whose kernels are to read the result; None for the device of the tensors. The codes
     are shared, not copied, when their planes already start at multiples of 16 bytes (16 vectors a row for 8-bit
-    codes, 32 for 12-bit ones: every published model); else a padded copy is made.
+    codes, 32 for 12-bit ones and for signed ones of 4: every published model); else a padded copy is made.
 
-    On CUDA the codewords are rounded to `dtype` when that is bfloat16: the same relative error, 2^-9, as the
+    On CUDA float16 codewords are rounded to `dtype` when that is bfloat16: the same relative error, 2^-9, as the
     bfloat16 weights they stand for, and each then costs one instruction less per weight to unpack.
-    Raises ValueError for a format that `supports` refuses.
+    A format that is expected to run slower than bfloat16 (`slower_than_bf16`) is named in one warning.
+    The scale of int8 tables moves to the row scale and, inversely, to `factor_scale`, all in float32.
+    Raises ValueError for a format that `supports` refuses, and for int8 codewords outside [-127, 127] or, when
+    signed, codewords below 0.
     """
     reason = supports(
         codebook=codebook,
@@ -154,39 +242,91 @@ def prepare(
         num_stages=num_stages,
         rank=rank,
         factor_dtype=factor_dtype,
+        signed=signed,
+        codebook_dtype=codebook_dtype,
+        num_groups=num_groups,
     )
     if reason:
         raise ValueError(reason)
-    wide, num_vectors = codebook_size > 256, in_features // vector_dim
-    unit = 32 if wide else 16
-    plane = -(-num_vectors // unit) * unit
     codes = tensors["codes"]
-    if plane != num_vectors:
-        stages = codes.unflatten(-1, (num_stages, -1))
-        planes = [F.pad(stages[..., :num_vectors], (0, plane - num_vectors))]
-        if wide:
-            planes.append(F.pad(stages[..., num_vectors:], (0, plane // 2 - (num_vectors + 1) // 2)))
-        codes = torch.cat(planes, -1).flatten(-2)
-    elif not codes.is_contiguous() or codes.data_ptr() % 16:
-        codes = codes.clone(memory_format=torch.contiguous_format)
-
-    word = torch.float32 if codes.device.type == "cpu" else torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    if "codebook" in tensors and not codes.is_meta:
+        lowest = 0 if signed else -127 if codebook_dtype == "int8" else None
+        if lowest is not None and int(tensors["codebook"].min()) < lowest:
+            raise ValueError(f"a codebook of this format has no values below {lowest}; the packed tensors are damaged")
+    device_type = device_type or codes.device.type
+    on_cpu = device_type == "cpu"
+    reason = slower_than_bf16(
+        codebook=codebook,
+        vector_dim=vector_dim,
+        codebook_size=codebook_size,
+        num_stages=num_stages,
+        device_type=device_type,
+    )
+    if reason and device_type != "meta":
+        _warn(reason, device_type)
+    word = torch.float32 if on_cpu else torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
     half = {name: t.to(torch.float16).contiguous() for name, t in tensors.items() if t.is_floating_point()}
     integers = {name: t.contiguous() for name, t in tensors.items() if not t.is_floating_point() and name != "codes"}
     stored = half | integers
-    table = tensors["codebook"].to(word).contiguous()
-    factor_scale = None
+    scale, factor_scale = stored.get("scale"), None
     if "basis_scale" in stored:
         factor_scale = stored["basis_scale"].float() * stored["coefficients_scale"].float()
+
+    if codebook == "trellis":
+        bits, plane = codebook_size.bit_length() - 1, 0
+        codes = _aligned_codes(codes, 0, 0, 1, False, 0)
+        table = trellis_codewords(bits).to(codes.device, word)[None, None, :, None]
+        words = None if on_cpu else trellis_levels().to(codes.device, word)
+    else:
+        bits, num_vectors = 0, in_features // vector_dim
+        unit = 128 // vector_dim if signed else 32 if codebook_size > 256 else 16
+        plane = -(-num_vectors // unit) * unit
+        sign_bytes = in_features // 8 if signed else 0
+        codes = _aligned_codes(codes, num_vectors, plane, num_stages, codebook_size > 256, sign_bytes)
+        table = stored["codebook"]
+        if codebook_dtype == "float16":
+            table = table.to(word)
+        elif on_cpu:
+            table = table.float() * stored["codebook_scale"].float()[..., None, None]
+        else:
+            moved = stored["codebook_scale"], codes.shape[:2], scale, factor_scale, rank
+            scale, factor_scale, relative = _moved_scales(*moved)
+            if table.shape[1] > 1 or vector_dim == 2:
+                table = (table * relative[..., None, None]).to(word)
+        words = None if on_cpu else table_words(table)
     return PreparedProjection(
         codes,
         table,
-        None if word == torch.float32 else table_words(table),
-        stored.get("scale"),
+        words,
+        stored.get("groups"),
+        scale,
         stored.get("bias"),
         stored.get("basis"),
         stored.get("coefficients"),
         factor_scale,
         in_features,
         plane,
+        num_stages,
+        bits,
+        signed,
     )
+
+
+def _moved_scales(
+    codebook_scale: Tensor, shape: torch.Size, scale: Tensor | None, factor_scale: Tensor | None, rank: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(scale, factor_scale, relative scale of each table) that give int8 codewords their scale, all float32.
+
+    With c the largest scale of an expert's tables, scale * (sum_s c_s q_s + coefficients @ basis) is
+    scale c * (sum_s (c_s / c) q_s + coefficients @ basis / c): one table needs no multiplication of its own.
+    """
+    experts, rows = shape
+    codebook_scale = codebook_scale.float()
+    largest = codebook_scale.abs().amax(-1, keepdim=True)
+    largest = torch.where(largest == 0, 1.0, largest)  # tables of zeros
+    per_expert = largest.expand(experts, 1)
+    scale = per_expert.expand(experts, rows) if scale is None else scale.float() * per_expert
+    if rank:
+        factor_scale = (torch.ones_like(largest) if factor_scale is None else factor_scale) / per_expert
+        factor_scale = factor_scale.expand(experts, rank).contiguous()
+    return scale.contiguous(), factor_scale, codebook_scale / largest

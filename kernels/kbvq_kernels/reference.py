@@ -7,6 +7,8 @@ Tensor names and shapes are those of a packed projection (see README.md, "Format
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,12 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 """Served activations, by their names in a transformers config."""
+
+TRELLIS_STATE_BITS = 12
+"""Bits of a trellis stream that one value depends on."""
+
+TRELLIS_MULTIPLIERS = {1: 0x8DB4863B, 2: 0xC34D312F, 3: 0xE0B8F077, 4: 0x4FDE7251}
+"""Bits per value -> the odd factor that scatters a trellis code's states over its levels."""
 
 
 def unpack_codes(codes: Tensor, num_vectors: int, num_stages: int, codebook_size: int) -> Tensor:
@@ -45,13 +53,76 @@ def low_rank_weight(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.fl
     return coefficients @ basis
 
 
+def weight_signs(sign_plane: Tensor) -> Tensor:
+    """-1 or 1 of every weight, int64 [..., K], from uint8 [..., K / 8]: weight k in bit k % 8 of byte k // 8."""
+    bits = (sign_plane[..., None].long() >> torch.arange(8, device=sign_plane.device)) & 1
+    return 1 - 2 * bits.flatten(-2)
+
+
+@cache
+def _trellis_levels() -> tuple[float, ...]:
+    return tuple(NormalDist().inv_cdf((4 * j + 1) / 1022) for j in range(256))
+
+
+def trellis_levels() -> Tensor:
+    """The 256 values of a trellis code, ascending: unit-Gaussian quantiles at (4j + 1) / 1022, float16."""
+    return torch.tensor(_trellis_levels()).half()
+
+
+def trellis_codewords(bits: int) -> Tensor:
+    """The value of every state, float16 [2^12]: levels[(state * multiplier mod 2^32) >> 24]."""
+    states = torch.arange(1 << TRELLIS_STATE_BITS)
+    return trellis_levels()[(states * TRELLIS_MULTIPLIERS[bits] & 0xFFFFFFFF) >> 24]
+
+
+def trellis_states(codes: Tensor, bits: int) -> Tensor:
+    """States down every stream, int64 [..., N], from streams uint8 [..., N * bits / 8].
+
+    State n is the 12 bits from bit n * bits on, lowest bit first; past the end of a stream its first bits follow.
+    """
+    stream = ((codes[..., None].long() >> torch.arange(8, device=codes.device)) & 1).flatten(-2)
+    place = torch.arange(stream.shape[-1] // bits, device=codes.device) * bits
+    states = torch.zeros(*codes.shape[:-1], len(place), dtype=torch.int64, device=codes.device)
+    for i in range(TRELLIS_STATE_BITS):
+        states |= stream[..., (place + i) % stream.shape[-1]] << i
+    return states
+
+
+def _codewords(
+    tensors: Mapping[str, Tensor], in_features: int, vector_dim: int, codebook_size: int, num_stages: int, signed: bool,
+    num_groups: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """decode(codes_e) of the formats with a table, [E, N, K]."""
+    rows = tensors["codes"]
+    if signed:
+        rows, sign_plane = rows.split([rows.shape[-1] - in_features // 8, in_features // 8], -1)
+    codes = unpack_codes(rows, in_features // vector_dim, num_stages, codebook_size)  # [E, N, S, V]
+    codebook = tensors["codebook"].to(dtype)  # [1 or E, tables, C, d]
+    if "codebook_scale" in tensors:
+        codebook = codebook * tensors["codebook_scale"].to(dtype)[..., None, None]
+    weights = []
+    for e in range(len(codes)):
+        book = min(e, len(codebook) - 1)
+        first = codes[e, :, 0]
+        group = tensors["groups"][book].long()[first] if num_groups > 1 else torch.zeros_like(first)
+        weight = codebook[book, 0][first]
+        for s in range(1, num_stages):
+            weight = weight + codebook[book][1 + (s - 1) * num_groups + group, codes[e, :, s]]
+        weights.append(weight.flatten(1))
+    weight = torch.stack(weights)
+    return weight * weight_signs(sign_plane) if signed else weight
+
+
 def dequantize(
     tensors: Mapping[str, Tensor],
     *,
+    codebook: str,
     in_features: int,
     vector_dim: int,
     codebook_size: int,
     num_stages: int = 1,
+    signed: bool = False,
+    num_groups: int = 1,
     dtype: torch.dtype = torch.float64,
     **_: object,
 ) -> Tensor:
@@ -59,14 +130,12 @@ def dequantize(
 
     Takes the tensors of a packed projection and its format's fields (those it has no use for are ignored).
     """
-    codes = unpack_codes(tensors["codes"], in_features // vector_dim, num_stages, codebook_size)  # [E, N, S, V]
-    codebook = tensors["codebook"].to(dtype)  # [1 or E, S, C, d]
-    weight = torch.stack(
-        [
-            sum(codebook[min(e, len(codebook) - 1), s][codes[e, :, s]] for s in range(num_stages)).flatten(1)
-            for e in range(len(codes))
-        ]
-    )
+    if codebook == "trellis":
+        bits = codebook_size.bit_length() - 1
+        values = trellis_codewords(bits).to(tensors["codes"].device, dtype)
+        weight = values[trellis_states(tensors["codes"], bits)].transpose(1, 2)
+    else:
+        weight = _codewords(tensors, in_features, vector_dim, codebook_size, num_stages, signed, num_groups, dtype)
     if "basis" in tensors:
         weight = weight + low_rank_weight(tensors, dtype)
     if "scale" in tensors:

@@ -9,7 +9,6 @@ should have written and did not poisons the result.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -22,7 +21,6 @@ import torch  # noqa: E402
 from packed_case import random_projection, random_routing  # noqa: E402
 
 from kbvq_kernels import launch, prepare, reference  # noqa: E402
-from kbvq_kernels.prepared import table_words  # noqa: E402
 
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
@@ -30,22 +28,33 @@ HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 # Between them: every path, dimension, codebook size, number of stages, activation and optional tensor;
 # row counts and vector counts that divide no block; sentinels; an expert without tokens.
 FULL = {"rank": 5}
+SIGNED8 = {"signed": True, "vector_dim": 8, "codebook_dtype": "int8"}
+SIGNED4 = {"signed": True, "vector_dim": 4, "codebook_dtype": "int8"}
+RQ_MOE = {"codebook": "rq-moe", "num_stages": 3, "num_groups": 3, "vector_dim": 8, "per_expert": True}
 MOE_CASES = {
-    "decode-d4": ("decode", HALF, 5, 52, 28, 3, 3, "silu", FULL, FULL),
-    "decode-d4-12bit-int8": (
-        "decode", FLOAT, 3, 36, 20, 2, 2, "gelu",
-        {"codebook_size": 4096, "per_expert": True, "rank": 3, "factor_dtype": "int8"},
+    "pairs-d4": ("pairs", HALF, 5, 52, 28, 3, 3, "silu", FULL, FULL),
+    "pairs-d4-12bit-int8": (
+        "pairs", HALF, 3, 36, 20, 2, 2, "gelu",
+        {"codebook_size": 4096, "per_expert": True, "rank": 3, "factor_dtype": "int8", "codebook_dtype": "int8"},
         {"codebook_size": 4096, "per_expert": True, "rank": 3, "factor_dtype": "int8"},
     ),
-    "decode-d8-rq2-bf16": (
-        "decode", BF16, 4, 96, 40, 2, 2, "gelu_pytorch_tanh",
+    "pairs-d8-rq2-bf16": (
+        "pairs", BF16, 4, 96, 40, 2, 2, "gelu_pytorch_tanh",
         {"vector_dim": 8, "num_stages": 2, "has_scale": False},
-        {"vector_dim": 8, "num_stages": 2, "has_bias": False, "rank": 2},
+        {"vector_dim": 8, "num_stages": 2, "has_bias": False, "rank": 2, "codebook_dtype": "int8"},
     ),
-    "decode-d2-rq3": (
-        "decode", HALF, 3, 14, 10, 2, 1, "relu",
-        {"vector_dim": 2, "num_stages": 3, "codebook_size": 4096},
-        {"vector_dim": 2, "has_scale": False, "has_bias": False},
+    "pairs-signed": (
+        "pairs", HALF, 3, 136, 72, 2, 2, "silu", SIGNED8 | {"rank": 5, "factor_dtype": "int8"},
+        SIGNED4 | {"per_expert": True, "rank": 3, "has_scale": False},
+    ),
+    "pairs-signed-exact-bf16": ("pairs", BF16, 3, 512, 256, 2, 2, "silu", SIGNED8, SIGNED4),
+    "blocks-signed-16": (
+        "blocks", HALF, 3, 72, 40, 13, 3, "relu", SIGNED4 | {"rank": 2}, {"signed": True, "vector_dim": 8},
+    ),
+    "blocks-rq-moe": ("blocks", HALF, 4, 56, 40, 5, 2, "silu", RQ_MOE, RQ_MOE | {"codebook_dtype": "int8", "rank": 2}),
+    "blocks-rq-moe-12bit": (
+        "blocks", BF16, 3, 48, 32, 4, 2, "silu", RQ_MOE | {"num_stages": 2, "codebook_size": 4096},
+        {"codebook_dtype": "int8", "vector_dim": 8, "per_expert": True},
     ),
     "grouped-d4": ("grouped", HALF, 5, 52, 28, 9, 3, "silu", FULL, FULL),
     "grouped-d8-rq2-12bit-bf16": (
@@ -54,18 +63,26 @@ MOE_CASES = {
         {"vector_dim": 8, "num_stages": 3, "rank": 4, "factor_dtype": "int8", "has_bias": False},
     ),
     "grouped-d2": ("grouped", FLOAT, 2, 10, 6, 5, 1, "relu", {"vector_dim": 2}, {"vector_dim": 2}),
+    "grouped-signed": ("grouped", FLOAT, 3, 72, 40, 6, 2, "silu", SIGNED8 | {"rank": 3}, SIGNED4 | {"rank": 3}),
+    "grouped-rq-moe": (
+        "grouped", HALF, 3, 40, 24, 5, 2, "silu", RQ_MOE, RQ_MOE | {"vector_dim": 4, "codebook_size": 4096},
+    ),
+    "grouped-trellis": (
+        "grouped", HALF, 3, 44, 20, 5, 2, "silu", {"codebook": "trellis", "codebook_size": 4, "rank": 2},
+        {"codebook": "trellis", "codebook_size": 16},
+    ),
     "scratch-d4": (
         "scratch", BF16, 4, 64, 32, 8, 2, "silu",
         {"rank": 5, "factor_dtype": "int8"},
         {"codebook_size": 4096, "has_bias": False},
     ),
+    "scratch-signed": ("scratch", BF16, 3, 64, 32, 8, 2, "silu", SIGNED8, SIGNED4),
 }  # fmt: skip
 
 
 def kernel_form(tensors, fields, dtype):
-    """A projection prepared as on CUDA: on CPU `prepare` keeps float32 codewords, the kernels read 16-bit ones."""
-    table = tensors["codebook"].to(BF16 if dtype == BF16 else HALF)
-    return dataclasses.replace(prepare(tensors, **fields, dtype=dtype), table=table, words=table_words(table))
+    """A projection prepared as on CUDA."""
+    return prepare(tensors, **fields, dtype=dtype, device_type="cuda")
 
 
 def relative_error(actual, expected):
@@ -84,6 +101,16 @@ def moe_case(path, dtype, experts, hidden, intermediate, tokens, top_k, activati
         x, index, weights, kernel_form(*gate_up, dtype), kernel_form(*down, dtype), activation, path
     )
     return relative_error(y, expected_moe(x, index, weights, gate_up, down, activation))
+
+
+def full_card_case(*arguments):
+    """With the tiles that launches large enough for a card of compute capability 9 get."""
+    replaced = launch.FULL_CARD, launch.capability
+    launch.FULL_CARD, launch.capability = 1, lambda x: (9, 0)
+    try:
+        return moe_case(*arguments)
+    finally:
+        launch.FULL_CARD, launch.capability = replaced
 
 
 def expected_moe(x, index, weights, gate_up, down, activation):
@@ -108,10 +135,10 @@ def shared_case(path):
     return relative_error(y, expected_moe(x, index, weights, gate_up, down, "silu"))
 
 
-def dequantize_case(dtype, **options):
-    tensors, fields = random_projection(2, 35, 72, **options)
+def dequantize_case(dtype, rows=35, **options):
+    tensors, fields = random_projection(2, rows, 72, **options)
     prepared = kernel_form(tensors, fields, HALF)
-    out = torch.empty(2, 35, 72, dtype=dtype)
+    out = torch.empty(2, rows, 72, dtype=dtype)
     launch.dequantize(prepared, out)
     return relative_error(out, reference.dequantize(tensors, **fields))
 
@@ -159,12 +186,20 @@ def baseline_case(kind):
 
 
 CASES = {name: (lambda a=a: moe_case(*a)) for name, a in MOE_CASES.items()} | {
-    "shared-decode": lambda: shared_case("decode"),
+    "pairs-full-card": lambda: full_card_case("pairs", HALF, 2, 512, 256, 2, 1, "silu", SIGNED8, SIGNED4),
+    "blocks-full-card": lambda: full_card_case("blocks", HALF, 3, 256, 128, 8, 2, "silu", SIGNED8, SIGNED4),
+    "shared-pairs": lambda: shared_case("pairs"),
     "shared-grouped": lambda: shared_case("grouped"),
     "dequantize-d4": lambda: dequantize_case(FLOAT, rank=5),
     "dequantize-d8-rq3-12bit": lambda: dequantize_case(
         HALF, vector_dim=8, num_stages=3, codebook_size=4096, per_expert=True, rank=3, factor_dtype="int8"
     ),
+    "dequantize-signed": lambda: dequantize_case(FLOAT, **SIGNED8, per_expert=True, rank=2),
+    "dequantize-rq2-int8": lambda: dequantize_case(FLOAT, vector_dim=8, num_stages=2, codebook_dtype="int8"),
+    "dequantize-trellis-1": lambda: dequantize_case(FLOAT, 24, codebook="trellis", codebook_size=2),
+    "dequantize-trellis-2": lambda: dequantize_case(FLOAT, 84, codebook="trellis", codebook_size=4, rank=2),
+    "dequantize-trellis-3": lambda: dequantize_case(FLOAT, 40, codebook="trellis", codebook_size=8),
+    "dequantize-trellis-4": lambda: dequantize_case(FLOAT, 34, codebook="trellis", codebook_size=16),
     "align-blocks": lambda: align_case(16, 75, 5),
     "align-sort": lambda: align_case(1, 300, 7),
     "baseline-gemv": lambda: baseline_case("gemv"),

@@ -16,8 +16,7 @@ with warnings.catch_warnings():
 
 KERNELS = (
     "low_rank_kernel",
-    "gate_up_kernel",
-    "down_kernel",
+    "decode_kernel",
     "dequantize_kernel",
     "align_kernel",
     "grouped_kernel",
@@ -25,29 +24,41 @@ KERNELS = (
 )
 BENCH = Path(__file__).parents[2] / "kernels/bench"
 QWEN3, MIXTRAL = (2048, 768), (4096, 14336)
-PATHS = {"decode": 2, "grouped": 16, "scratch": 512}
-FORMATS = {
+PATHS = {"pairs": 2, "blocks": 64, "grouped": 512, "scratch": 512}
+SIGNED = {"signed": True, "codebook_dtype": "int8", "rank": 32, "factor_dtype": "int8"}
+MAIN = {
+    "signed-d8": SIGNED | {"vector_dim": 8},
+    "signed-d4": SIGNED | {"vector_dim": 4},
+    "trellis-2": {"codebook": "trellis", "codebook_size": 4, "rank": 32},
+}
+"""What the quantizer writes by default, and the format without a table: compiled for every card."""
+OTHERS = {
     "vq-d4": {"vector_dim": 4, "rank": 32},
-    "vq-d4-12bit-int8": {"vector_dim": 4, "codebook_size": 4096, "rank": 32, "factor_dtype": "int8"},
-    "rq2-d8": {"vector_dim": 8, "num_stages": 2, "per_expert": True},
+    "vq-d4-int8": {"vector_dim": 4, "codebook_dtype": "int8"},
+    "vq-d4-12bit-int8": {"vector_dim": 4, "codebook_size": 4096, "codebook_dtype": "int8", "rank": 32},
+    "signed-d8-half": {"signed": True, "vector_dim": 8},
+    "rq2-d8": {"vector_dim": 8, "num_stages": 2, "per_expert": True, "codebook_dtype": "int8"},
     "rq3-d8": {"vector_dim": 8, "num_stages": 3},
     "rq2-d8-12bit": {"vector_dim": 8, "num_stages": 2, "codebook_size": 4096},
+    "rq-moe2-d8": {"codebook": "rq-moe", "vector_dim": 8, "num_stages": 2, "num_groups": 8},
 }
 
 
 def meta_projection(experts: int, rows: int, columns: int, dtype: torch.dtype, **options) -> PreparedProjection:
     """A prepared projection of which only shapes and dtypes exist."""
-    tensors, fields = random_projection(1, 1, columns, **options)
-    sizes = {
-        "codes": (experts, rows, -1),
-        "scale": (experts, rows),
-        "bias": (experts, rows),
-        "coefficients": (experts, rows, -1),
-        "coefficients_scale": (experts, -1),
-    }
-    if options.get("per_expert"):
-        sizes["codebook"] = (experts, -1, -1, -1)
-    meta = {name: t.to("meta").expand(sizes.get(name, t.shape)) for name, t in tensors.items()}
+    tensors, fields = random_projection(1, 16, columns, **options)
+    trellis = options.get("codebook") == "trellis"
+    meta = {}
+    for name, t in tensors.items():
+        size = list(t.shape)
+        if name in ("codes", "scale", "bias", "coefficients", "coefficients_scale"):
+            size[0] = experts
+        if name in ("codes", "scale", "bias", "coefficients"):
+            axis = 2 if name == "codes" and trellis else 1
+            size[axis] = size[axis] * rows // 16
+        if name in ("codebook", "codebook_scale", "groups") and options.get("per_expert"):
+            size[0] = experts
+        meta[name] = torch.empty(size, dtype=t.dtype, device="meta")
     return prepare(meta, **fields, dtype=dtype)
 
 
@@ -66,6 +77,25 @@ def launches(
     return recorded
 
 
+def check_code(entry: aot.Launch, capability: int) -> None:
+    """No spills; tensor cores; in SASS, the loads of codes are those marked evict-first (.EF).
+
+    decode_kernel: codes come in 8 bytes or more a lane, half of that for nibbles and for signs of vectors of 4, and
+    weights never go through shared memory inside the loop.
+    """
+    kernel = entry.kernel.fn.__name__
+    code = aot.inspect(aot.compile_launch(entry, capability))
+    assert code.spilled == 0, f"{kernel} sm_{capability}: {code.spilled} bytes spilled, {code.registers} registers"
+    opcodes = "\n".join(code.instructions)
+    if kernel in ("decode_kernel", "grouped_kernel"):
+        assert re.search(r"HGMMA|HMMA|UTC\w*MMA", opcodes), f"{kernel}: no tensor-core instruction"
+    if kernel == "decode_kernel" and capability == 90:
+        assert re.search(r"LDG\.E\.EF\.(64|128)$", opcodes, re.M), opcodes
+        assert not re.search(r"LDG\.E\.EF\.(U16|U8)$", opcodes, re.M), opcodes
+        looped = entry.arguments["K"] > 2048  # shorter rows may take one step, with no loop to look at
+        assert not (looped and [name for name in code.loop if re.match(r"STS|LDS|STSM", name)]), code.loop
+
+
 @pytest.fixture(autouse=True)
 def _quiet():
     with warnings.catch_warnings():
@@ -80,43 +110,47 @@ def test_the_paths_launch_every_kernel():
     assert names == set(KERNELS) == {name for name in jitted if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("capability", aot.TARGETS)
-def test_compiles_for_every_target_without_spills(capability, path):
-    for entry in launches(path, PATHS[path], torch.bfloat16, capability, **FORMATS["vq-d4"]):
-        code = aot.inspect(aot.compile_launch(entry, capability))
-        assert code.spilled == 0, f"{entry.kernel.fn.__name__} sm_{capability}: {code.spilled} bytes spilled"
+def test_main_formats_compile_for_every_target(capability, name):
+    """Each kernel once: gate and up of pairs, down of blocks, gate and up of large blocks, dequantization of down."""
+    trellis = MAIN[name].get("codebook") == "trellis"
+    for path, which in {"pairs": 0, "blocks": 1, "grouped": 0, "scratch": 1}.items():
+        if trellis and path in ("pairs", "blocks"):
+            continue
+        entries = launches(path, PATHS[path], torch.bfloat16, capability, **MAIN[name])
+        check_code([entry for entry in entries if "words_ptr" in entry.arguments][which], capability)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_without_spills_and_with_wide_code_loads(name):
-    """In SASS, the loads of codes are those marked evict-first (.EF). Long rows get the largest tiles.
+@pytest.mark.parametrize("name", ["signed-d8", "signed-d4"])
+def test_default_formats_decode_in_registers(name):
+    entries = launches("pairs", 1, torch.bfloat16, lengths=MIXTRAL, **MAIN[name])
+    check_code([entry for entry in entries if "words_ptr" in entry.arguments][1], 90)
 
-    Low bytes come in 8 bytes or more a lane; the nibbles of as many codes are half of that.
-    """
-    for path in ("decode", "grouped"):
-        for entry in launches(path, PATHS[path], torch.bfloat16, lengths=MIXTRAL, **FORMATS[name]):
-            kernel = entry.kernel.fn.__name__
-            if kernel not in ("gate_up_kernel", "down_kernel", "grouped_kernel"):
-                continue
-            code = aot.inspect(aot.compile_launch(entry, 90))
-            assert code.spilled == 0, f"{kernel}: {code.spilled} bytes spilled, {code.registers} registers"
-            opcodes = "\n".join(code.instructions)
-            if kernel == "grouped_kernel":
-                assert re.search(r"HGMMA|HMMA", opcodes), f"{kernel}: no tensor-core instruction"
-                assert re.search(r"LDG\.E\.EF\.(64|128)$", opcodes, re.M), opcodes
-            else:
-                narrow = re.findall(r"LDG\.E\.EF\.(?:U16|U8)$", opcodes, re.M)
-                assert not narrow, f"{kernel}: {narrow}"
-                assert re.search(r"LDG\.E\.EF\.(64|128)$", opcodes, re.M), opcodes
+
+@pytest.mark.parametrize("capability", aot.TARGETS)
+def test_the_other_kernels_compile_for_every_target(capability):
+    for entry in launches("blocks", 64, torch.bfloat16, capability, vector_dim=4, rank=32):
+        if "words_ptr" not in entry.arguments:
+            check_code(entry, capability)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("capability", aot.TARGETS)
+def test_the_other_formats_compile_for_every_target(capability, name):
+    """Long rows get the largest tiles."""
+    for path in ("blocks", "grouped") if capability == 90 else ("blocks",):
+        entries = launches(path, PATHS[path], torch.bfloat16, capability, MIXTRAL, **OTHERS[name])
+        check_code([entry for entry in entries if "words_ptr" in entry.arguments][1], capability)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_activation_dtypes_compile(dtype):
-    for path in ("decode", "grouped"):
-        for entry in launches(path, PATHS[path], dtype, vector_dim=4, has_bias=False):
-            if entry.kernel.fn.__name__ in ("down_kernel", "grouped_kernel"):
-                assert aot.inspect(aot.compile_launch(entry, 90)).spilled == 0, entry.kernel.fn.__name__
+    """float32 hidden states take grouped_kernel, whatever their number."""
+    path = launch.select_path(1, 4, 16, dtype, (9, 0), 0, launch.decodes(meta_projection(1, 32, 64, dtype), dtype))
+    assert path == ("pairs" if dtype == torch.float16 else "grouped")
+    entry = [e for e in launches(path, 1, dtype, **SIGNED, vector_dim=8) if "words_ptr" in e.arguments][1]
+    assert aot.inspect(aot.compile_launch(entry, 90)).spilled == 0
 
 
 def test_benchmark_baselines_compile(monkeypatch):

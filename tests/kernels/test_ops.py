@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from packed_case import random_projection, random_routing
+from packed_case import random_projection, random_routing, stored_weights
 
 import kbvq_kernels
-from kbvq_kernels import cpu, ops, prepare, reference, supports
+from kbvq import structures, trellis
+from kbvq_kernels import cpu, ops, prepare, prepared, reference, slower_than_bf16, supports
 
 FORMATS = {
     "vq-d4": {"vector_dim": 4, "rank": 5},
@@ -20,6 +21,22 @@ FORMATS = {
         "vector_dim": 8, "codebook_size": 4096, "num_stages": 2, "per_expert": True, "rank": 3, "factor_dtype": "int8",
     },
     "rq3-d2": {"vector_dim": 2, "num_stages": 3, "has_scale": False},
+    "signed-d8-int8": {"signed": True, "vector_dim": 8, "codebook_dtype": "int8", "rank": 3},
+    "signed-d4-int8": {"signed": True, "vector_dim": 4, "codebook_dtype": "int8", "per_expert": True},
+    "signed-d8": {"signed": True, "vector_dim": 8},
+    "rq2-d8-int8": {"vector_dim": 8, "num_stages": 2, "codebook_dtype": "int8", "has_scale": False, "rank": 2},
+    "rq-moe3-d8-int8": {
+        "codebook": "rq-moe", "vector_dim": 8, "num_stages": 3, "num_groups": 8, "codebook_dtype": "int8",
+        "per_expert": True,
+    },
+    "rq-moe2-d4-12bit": {
+        "codebook": "rq-moe", "vector_dim": 4, "num_stages": 2, "num_groups": 3, "codebook_size": 4096,
+    },
+    "rq-moe1-d4": {"codebook": "rq-moe"},
+    "trellis-1": {"codebook": "trellis", "codebook_size": 2, "rank": 2},
+    "trellis-2": {"codebook": "trellis", "codebook_size": 4},
+    "trellis-3": {"codebook": "trellis", "codebook_size": 8},
+    "trellis-4": {"codebook": "trellis", "codebook_size": 16},
 }  # fmt: skip
 
 
@@ -93,9 +110,30 @@ def test_shared_expert_needs_no_routing(decoder):
     assert error(routed, expected) < 1e-6
 
 
+def num_rows(name: str) -> int:
+    """Rows of a trellis code of 2 or 4 bits may fill no group of 8; streams of 1 and 3 bits need whole groups."""
+    return 16 if name in ("trellis-1", "trellis-3") else 12
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_reference_equals_definition_bit_by_bit(name):
+    tensors, fields = random_projection(2, num_rows(name), 24, **FORMATS[name])
+    assert error(reference.dequantize(tensors, **fields), stored_weights(tensors, fields)) < 1e-12
+
+
+def test_trellis_is_the_quantizers():
+    for bits, factor in trellis.MULTIPLIERS.items():
+        code = trellis.TrellisCode(bits, structures.TRELLIS_STATE_BITS)
+        assert torch.equal(reference.trellis_codewords(bits).float(), code.codewords())
+        assert reference.TRELLIS_MULTIPLIERS[bits] == factor
+        codes = torch.randint(0, 2**bits, (3, 40), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+        states = reference.trellis_states(code.pack(codes), bits)
+        assert torch.equal(reference.trellis_codewords(bits).float()[states], code.decode(codes))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_dequantize_equals_reference(decoder, name):
-    tensors, fields = random_projection(3, 10, 48, **FORMATS[name])
+    tensors, fields = random_projection(3, num_rows(name), 48, **FORMATS[name])
     expected = reference.dequantize(tensors, **fields)
     assert error(kbvq_kernels.dequantize(prepare(tensors, **fields)), expected) < 1e-6
 
@@ -113,7 +151,7 @@ def test_reference_on_numbers_done_by_hand():
         "coefficients": torch.tensor([[[3]]], dtype=torch.int8),
         "coefficients_scale": torch.tensor([[2.0]]),
     }
-    weight = reference.dequantize(tensors, in_features=4, vector_dim=2, codebook_size=4096)
+    weight = reference.dequantize(tensors, codebook="vq", in_features=4, vector_dim=2, codebook_size=4096)
     assert weight.tolist() == [[[2 * (1 + 3), 2 * 2, 2 * 3, 2 * (4 + 6)]]]
 
 
@@ -126,15 +164,14 @@ def test_codes_are_shared_when_aligned_and_copied_when_not():
 
 
 def test_registrations():
-    for name in ("vq-d4", "rq2-d8-12bit-int8"):
+    for name in ("vq-d4", "rq2-d8-12bit-int8", "rq-moe3-d8-int8", "trellis-2"):
         (x, index, weights, gate_up, down, activation), _ = moe_case(FORMATS[name], 3)
         arguments = (
-            x, index, weights, gate_up.tensors(), gate_up.in_features, gate_up.plane,
-            down.tensors(), down.in_features, down.plane, activation,
+            x, index, weights, gate_up.tensors(), gate_up.numbers(), down.tensors(), down.numbers(), activation,
         )  # fmt: skip
         utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(ops._moe, arguments, test_utils=utilities)
-        arguments = (gate_up.tensors(), gate_up.in_features, gate_up.plane, torch.float16)
+        arguments = (gate_up.tensors(), gate_up.numbers(), torch.float16)
         torch.library.opcheck(ops._dequantize, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -156,8 +193,10 @@ def test_what_is_served_and_refused():
     assert supports(**fields) is None
     assert supports(**fields | {"codebook": "rq", "num_stages": 3, "codebook_size": 4096, "rank": 32}) is None
     for change in (
-        {"codebook": "trellis"}, {"vector_dim": 16}, {"codebook_size": 65536}, {"num_stages": 2}, {"rank": 1000},
+        {"codebook": "lattice"}, {"vector_dim": 16}, {"codebook_size": 65536}, {"num_stages": 2}, {"rank": 1000},
         {"factor_dtype": "float32"}, {"activation": "tanh"}, {"codebook": "rq", "num_stages": 4},
+        {"codebook_dtype": "float32"}, {"codebook": "rq", "signed": True}, {"num_groups": 2},
+        {"codebook": "rq-moe", "num_groups": 9},
     ):  # fmt: skip
         assert str(next(iter(change.values()))) in supports(**fields | change)
     tensors, projection = random_projection(1, 2, 8)
@@ -166,6 +205,28 @@ def test_what_is_served_and_refused():
     (x, index, weights, gate_up, down, _), _ = moe_case({}, 1)
     with pytest.raises(ValueError, match="activation 'tanh'"):
         kbvq_kernels.moe_forward(x, index, weights, gate_up, down, "tanh")
+
+
+def test_slower_formats_are_named_once(caplog):
+    prepared._warn.cache_clear()
+    default = random_projection(1, 16, 16, signed=True, vector_dim=8, codebook_dtype="int8")
+    trellis_code = random_projection(1, 16, 16, codebook="trellis", codebook_size=4)
+    three_stages = random_projection(1, 16, 16, num_stages=3)
+    with caplog.at_level(logging.WARNING):
+        for tensors, fields in (default, trellis_code, trellis_code):
+            for device_type in ("cpu", "cuda"):
+                prepare(tensors, **fields, device_type=device_type)
+        prepare(three_stages[0], **three_stages[1], device_type="cuda")
+    assert [record.args[0] for record in caplog.records] == ["cpu", "cuda", "cuda"]
+    assert "3 stages" in caplog.text and slower_than_bf16(**default[1]) is None
+
+
+def test_damaged_codebooks_are_refused():
+    for options, value in (({}, -128), ({"signed": True}, -1)):
+        tensors, fields = random_projection(1, 16, 16, codebook_dtype="int8", **options)
+        tensors["codebook"][0, 0, 3, 1] = value
+        with pytest.raises(ValueError, match="damaged"):
+            prepare(tensors, **fields)
 
 
 def test_missing_compiler_is_named_in_the_log(monkeypatch, caplog, tmp_path):

@@ -1,0 +1,236 @@
+"""The encoder's side of each code format: choose codes under a metric, say what they stand for, refit the tables.
+
+A metric is an upper triangular matrix M of d × d: the error of a target t coded as c is ‖(t − c) M‖². Error feedback
+hands one for each expert and group of d channels; the identity gives plain nearest codewords.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kbvq.kmeans import nearest_codewords
+from kbvq.packing import pack_bits, pack_stages, store_tables, table_values
+from kbvq.residual_quantization import beam_search
+from kbvq.structures import ProjectionFormat
+from kbvq.trellis import TrellisCode
+
+BEAM = 8
+"""Partial sums kept while a sum of codewords is chosen."""
+
+
+class Codebook(Protocol):
+    """Codes are int64 [num_planes, E, rows] for one vector of each row, and [num_planes, E, rows, vectors] in
+    `pack`."""
+
+    vector_dim: int
+    num_planes: int
+
+    def encode(self, targets: Tensor, metric: Tensor, mass: Tensor) -> Tensor:
+        """targets [E, rows, d], metric [E, d, d], mass [E, rows] (how much a row counts) -> codes."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes -> values [E, rows, d]."""
+
+    def refit(self) -> Refit | None:
+        """An empty sum of statistics, or None when there is nothing to refit."""
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        """The stored tensors: codes, and the tables where there are any."""
+
+
+class Refit(Protocol):
+    """Sums over encoded vectors from which the best tables for those codes follow: the maximisation step of EM."""
+
+    def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None: ...
+
+    def solve(self) -> Codebook:
+        """The codebook with the tables that minimise the weighted error of the targets, the codes kept."""
+
+
+class TableCodebook:
+    """Codebooks of `vq`, `rq` and `rq-moe`: tables of codewords, rounded as they will be stored.
+
+    tables: [num_codebooks, num_tables, codebook_size, d] float32; see ProjectionFormat.num_tables for their order.
+    groups: [num_codebooks, codebook_size] int64 for rq-moe with several groups, else None.
+    """
+
+    def __init__(self, format: ProjectionFormat, tables: Tensor, groups: Tensor | None = None) -> None:
+        self.format = format
+        self.vector_dim = format.vector_dim
+        self.num_planes = 2 if format.signed else format.num_stages
+        self.stored = store_tables(tables, format.codebook_dtype)
+        self.tables = table_values(self.stored)
+        self.groups = groups
+
+    def encode(self, targets: Tensor, metric: Tensor, mass: Tensor) -> Tensor:
+        tables = self.tables.expand(len(targets), -1, -1, -1)
+        if self.format.signed:
+            return _encode_signed(targets, metric, tables[:, 0])
+        if self.format.num_stages == 1:
+            return nearest_codewords(targets @ metric, tables[:, 0] @ metric)[None]
+        groups = None if self.groups is None else self.groups.expand(len(targets), -1)
+        codes = beam_search(
+            targets @ metric, tables @ metric[:, None], groups, num_groups=self.format.num_groups, beam=BEAM
+        )
+        return codes.permute(2, 0, 1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        parts = self.stages(codes)
+        return sum(parts[1:], start=parts[0])
+
+    def stages(self, codes: Tensor) -> list[Tensor]:
+        """What each stage contributes, [E, rows, d]."""
+        flat = self.tables.flatten(0, 2)
+        if self.format.signed:
+            return [F.embedding(self.cells(codes)[0], flat) * _signs(codes[1], self.vector_dim)]
+        return [F.embedding(cells, flat) for cells in self.cells(codes)]
+
+    def cells(self, codes: Tensor) -> list[Tensor]:
+        """Per stage the place of the codeword in the flattened tables, [E, rows]."""
+        _, tables, size, _ = self.tables.shape
+        book = torch.zeros(codes.shape[1], 1, dtype=torch.int64, device=codes.device)
+        if len(self.tables) > 1:
+            book = torch.arange(codes.shape[1], device=codes.device)[:, None]
+        cells = []
+        for stage in range(self.format.num_stages):
+            table = torch.full_like(codes[0], stage)
+            if self.groups is not None and stage:
+                group = self.groups.expand(codes.shape[1], -1).gather(1, codes[0])
+                table = 1 + (stage - 1) * self.format.num_groups + group
+            cells.append((book * tables + table) * size + codes[stage])
+        return cells
+
+    def refit(self) -> TableRefit:
+        return TableRefit(self)
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        stages = pack_stages(codes[: self.format.num_stages], self.format.codebook_size)
+        tensors = dict(self.stored)
+        if self.format.signed:
+            bits = codes[1][..., None] >> torch.arange(self.vector_dim, device=codes.device) & 1
+            stages = torch.cat([stages, pack_bits(bits.flatten(-2).bool())], -1)
+        if self.groups is not None:
+            tensors["groups"] = self.groups.to(torch.uint8)
+        return {"codes": stages} | tensors
+
+
+class TableRefit:
+    """Normal equations of every codeword, the other stages kept: Σ mass · S G S c = Σ mass · S G (t − others), with
+    G = M Mᵀ and S the signs."""
+
+    def __init__(self, codebook: TableCodebook) -> None:
+        self.codebook = codebook
+        books, tables, size, dim = codebook.tables.shape
+        self.normal = codebook.tables.new_zeros(books * tables * size, dim, dim)
+        self.right = codebook.tables.new_zeros(books * tables * size, dim)
+
+    def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None:
+        dim = self.codebook.vector_dim
+        square = metric @ metric.mT
+        parts = self.codebook.stages(codes)
+        total = sum(parts[1:], start=parts[0])
+        signs = _signs(codes[1], dim) if self.codebook.format.signed else None
+        for cells, part in zip(self.codebook.cells(codes), parts, strict=True):
+            wanted = (targets - total + part) @ square * mass[..., None]
+            if signs is None:
+                self.right.index_add_(0, cells.flatten(), wanted.flatten(0, 1))
+                for expert, of_expert in enumerate(cells):
+                    cell_mass = mass.new_zeros(len(self.right)).index_add_(0, of_expert, mass[expert])
+                    self.normal.addcmul_(cell_mass[:, None, None], square[expert])
+            else:
+                self.right.index_add_(0, cells.flatten(), (wanted * signs).flatten(0, 1))
+                outer = (signs * mass[..., None])[..., None] * signs[..., None, :] * square[:, None]
+                self.normal.index_add_(0, cells.flatten(), outer.flatten(0, 1))
+
+    def solve(self) -> TableCodebook:
+        tables = self.codebook.tables
+        solved = _solve_codewords(self.normal, self.right, tables.flatten(0, 2))
+        if self.codebook.format.signed:
+            solved = solved.clamp_min(0)  # the encoder takes the sign of the target for that of the weight
+        return TableCodebook(self.codebook.format, solved.view(tables.shape), self.codebook.groups)
+
+
+class TrellisCodebook:
+    """A trellis code down each column: the rows of an expert are one sequence, a metric of one channel weights nothing
+    within it."""
+
+    vector_dim = 1
+    num_planes = 1
+
+    def __init__(self, format: ProjectionFormat) -> None:
+        self.code = TrellisCode(format.codebook_size.bit_length() - 1)
+        self._scratch: Tensor | None = None
+
+    def encode(self, targets: Tensor, metric: Tensor, mass: Tensor) -> Tensor:
+        values = targets[..., 0]
+        if self._scratch is None or self._scratch.device != values.device:
+            self._scratch = self.code.scratch(len(values), values.shape[1], values.device)
+        weights = mass / mass.mean(1, keepdim=True)
+        return self.code.encode(values, weights, scratch=self._scratch).long()[None]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.code.decode(codes[0])[..., None]
+
+    def refit(self) -> None:
+        return None
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        return {"codes": self.code.pack(codes[0].mT)}
+
+
+def _signs(bits: Tensor, dim: int) -> Tensor:
+    """Words of sign bits [...] -> ±1 float32 [..., dim]."""
+    return 1.0 - 2.0 * (bits[..., None] >> torch.arange(dim, device=bits.device) & 1)
+
+
+def _encode_signed(targets: Tensor, metric: Tensor, magnitudes: Tensor) -> Tensor:
+    """Signs and magnitudes: targets [E, rows, d], metric [E, d, d], magnitudes [E, size, d] -> int64 [2, E, rows].
+
+    With the signs S of the target, ‖(t − S m) M‖² = const − 2 m·S G t + mᵀ S G S m, G = M Mᵀ, is linear in the products
+    m_i m_j, so one product with them scores every codeword exactly; then each sign in turn is flipped where that lowers
+    the error, and the codeword chosen again for the new signs.
+    """
+    dim = targets.shape[-1]
+    square = metric @ metric.mT
+    first, second = torch.triu_indices(dim, dim, 1, device=targets.device)
+    pairs = 2 * square[:, first, second][:, None] * magnitudes[..., first] * magnitudes[..., second]
+    own = (square.diagonal(dim1=1, dim2=2)[:, None] * magnitudes.square()).sum(-1)
+    features = torch.cat([-2 * magnitudes, pairs, own[..., None]], -1).mT.contiguous()  # [E, d + pairs + 1, size]
+    pulled = targets @ square
+
+    def choose(signs: Tensor) -> Tensor:
+        ones = torch.ones_like(signs[..., :1])
+        rows = torch.cat([signs * pulled, signs[..., first] * signs[..., second], ones], -1)
+        limit = (1 << 20) if rows.device.type == "cpu" else (1 << 28)
+        step = max(1, limit // (rows.shape[1] * features.shape[2]))
+        chunks = range(0, len(rows), step)
+        return torch.cat([(rows[b : b + step] @ features[b : b + step]).min(2).indices for b in chunks])
+
+    signs = torch.where(targets < 0, -1.0, 1.0)
+    index = choose(signs)
+    magnitude = magnitudes.gather(1, index[..., None].expand(-1, -1, dim))
+    pull = (targets - signs * magnitude) @ square
+    for i in range(dim):
+        step = signs[..., i] * magnitude[..., i]
+        flip = step * (pull[..., i] + step * square[:, None, i, i]) < 0
+        signs[..., i] = torch.where(flip, -signs[..., i], signs[..., i])
+        pull += torch.where(flip, 2 * step, 0)[..., None] * square[:, None, i]
+    index = choose(signs)
+    bits = ((signs < 0) << torch.arange(dim, device=signs.device)).sum(-1)
+    return torch.stack([index, bits])
+
+
+def _solve_codewords(normal: Tensor, right: Tensor, codewords: Tensor) -> Tensor:
+    """Codewords c with normal · c = right; a slight pull toward the old ones keeps empty and thin cells in place."""
+    dim = codewords.shape[-1]
+    trace = normal.diagonal(dim1=-2, dim2=-1).sum(-1)
+    pull = torch.where(trace > 0, 1e-4 * trace / dim, torch.ones_like(trace))
+    identity = torch.eye(dim, device=normal.device)
+    solved = torch.linalg.solve(
+        (normal + pull[..., None, None] * identity).double(), (right + pull[..., None] * codewords).double()
+    )
+    return solved.float()

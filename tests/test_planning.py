@@ -1,0 +1,97 @@
+"""Plans for the bundled model: budgets met, sensitivities respected."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from kbvq.errors import ConfigError
+from kbvq.layer_stream import LayerStream
+from kbvq.pipeline import QuantizeOptions, _plan_within_budget, _Windows
+from kbvq.planning import PROTECTED_BITS, budget_plan, check_budget, projection_shape
+from kbvq.recipes import CODES, make_recipe
+from kbvq.sensitivity import Sensitivity
+from kbvq.structures import PROJECTIONS
+
+
+@pytest.fixture(scope="module")
+def stream(trained_model):
+    return LayerStream(trained_model, dtype=torch.float32, device="cpu")
+
+
+def sensitivities(banks, recipe, divergences=None):
+    """The same for all projections, with the Gaussian law, but for what is given."""
+    base = recipe.bits if recipe.bits in CODES[recipe.codebook] else 2
+    distortion = {bits: code.distortion for bits, code in CODES[recipe.codebook].items()}
+    growth = {(bits, 0): distortion[bits] / distortion[base] for bits in distortion}
+    sites = [(bank, projection) for bank in banks for projection in PROJECTIONS]
+    found = {site: Sensitivity(0.001, growth, 0.05) for site in sites}
+    for site, value in (divergences or {}).items():
+        found[site] = dataclasses.replace(found[site], divergence=value)
+    return found
+
+
+def peaks(banks):
+    return {bank: torch.ones(bank.num_experts) for bank in banks}
+
+
+def true_bits(banks, plan):
+    weights = sum(e * o * i for b in banks for e, o, i in (projection_shape(b, p) for p in PROJECTIONS))
+    return 8 * sum(getattr(format, p).num_bytes for format in plan.formats for p in PROJECTIONS) / weights
+
+
+@pytest.mark.parametrize("codebook", CODES)
+@pytest.mark.parametrize("bits", [1.5, 2, 2.25, 2.718, 3.3, 4])
+def test_true_bits_are_those_asked_for_within_one_percent(stream, bits, codebook):
+    """Four layers are few to choose from; larger models come closer."""
+    recipe = make_recipe("default", bits, codebook=codebook)
+    check_budget(stream.banks, recipe, "silu")
+    plan = budget_plan(stream.banks, recipe, "silu", sensitivities(stream.banks, recipe), peaks(stream.banks))
+    assert 0.99 * bits <= true_bits(stream.banks, plan) <= bits
+
+
+def test_what_is_sensitive_gets_more_bits(stream):
+    recipe = make_recipe("default", 2.25)
+    site = stream.banks[1], "down_proj"
+    measured = sensitivities(stream.banks, recipe, {site: 0.02})
+    plan = budget_plan(stream.banks, recipe, "silu", measured, peaks(stream.banks))
+    bits = {(row["bank"], row["projection"]): row["code_bits"] for row in plan.record["projections"]}
+    assert bits[site[0].path, site[1]] == max(bits.values()) > min(bits.values())
+
+
+def test_banks_with_super_experts_are_protected(stream):
+    recipe = make_recipe("default", 2)
+    found = peaks(stream.banks)
+    found[stream.banks[2]][5] = 500.0
+    plan = budget_plan(stream.banks, recipe, "silu", sensitivities(stream.banks, recipe), found)
+    assert plan.record["super_experts"] == {stream.banks[2].path: [5]}
+    for row in plan.record["projections"]:
+        if row["bank"] == stream.banks[2].path:
+            assert row["code_bits"] >= PROTECTED_BITS
+    assert true_bits(stream.banks, plan) <= 2
+
+
+def test_measured_plan_beats_equal_rates_at_equal_bits(stream, data):
+    """On the bundled model down is far more sensitive than gate and up, most of all in the first layer."""
+    recipe = make_recipe("default", 2.14)
+    options = QuantizeOptions(str(stream.folder), Path("unused"), "unused", recipe)
+    ids = torch.randint(5, 1000, (8, 128), generator=torch.Generator().manual_seed(0))
+    plan = _plan_within_budget(stream, _Windows(stream, ids), options)
+    rows = plan.record["projections"]
+    predicted = sum(row["predicted_divergence"][str(row["code_bits"])] for row in rows)
+    assert predicted < 0.95 * sum(row["predicted_divergence"]["2"] for row in rows)
+    down = {row["bank"]: row["code_bits"] for row in rows if row["projection"] == "down_proj"}
+    assert down[stream.banks[0].path] == 3
+    assert 0.99 * 2.14 <= true_bits(stream.banks, plan) <= 2.14
+    # The skeleton is as it was: nothing is left in memory.
+    assert all(parameter.is_meta for parameter in stream.model.parameters() if parameter.shape != torch.Size([0]))
+
+
+def test_budgets_that_cannot_be_met_are_refused_before_anything_is_read(stream):
+    narrow = [dataclasses.replace(bank, hidden_size=32, intermediate_size=16) for bank in stream.banks]
+    with pytest.raises(ConfigError, match="--bits 1.5: the lowest rates take"):
+        check_budget(narrow, make_recipe("default", 1.5), "silu")
+    odd = [dataclasses.replace(bank, intermediate_size=30) for bank in stream.banks]
+    with pytest.raises(ConfigError, match="model.layers.0.mlp.experts: in_features 30"):
+        check_budget(odd, make_recipe("default", 2, codebook="rq"), "silu")

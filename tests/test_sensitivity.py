@@ -1,0 +1,140 @@
+"""What is measured before quantization, against quantization itself."""
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from kbvq.calibration import LayerRunner, ObservedBank
+from kbvq.moe_adapters import ExpertBank
+from kbvq.packing import dequantize_expert
+from kbvq.projection import quantize_projection
+from kbvq.rate_distortion import weighted_error
+from kbvq.recipes import make_recipe
+from kbvq.sensitivity import Sensitivity, _noise_law, divergence, probe_layer, super_experts
+from kbvq.structures import InputMoments
+
+EXPERTS, OUT, IN = 2, 128, 64
+
+
+def problem(shift=0.0, shared=0.0):
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.05 * torch.randn(EXPERTS, OUT, IN, generator=generator)
+    direction = torch.randn(EXPERTS, OUT, 1, generator=generator) * torch.randn(IN, generator=generator)
+    weights += shared * direction
+    mixing = torch.randn(IN, IN, generator=generator) * torch.logspace(0, -1, IN)
+    moments = InputMoments.zeros(EXPERTS, IN)
+    for expert in range(EXPERTS):
+        inputs = torch.randn(2000, IN, generator=generator) @ mixing.T + shift
+        moments.add_(expert, inputs, torch.ones(2000))
+    return weights, moments
+
+
+def quantization_error(weights, moments, recipe, bits, **changes):
+    format = recipe.projection_format(*weights.shape, bits=bits, **changes)
+    packed = quantize_projection(weights, moments, moments, format, recipe, seed=0)
+    return sum(
+        weighted_error(w - dequantize_expert(format, packed.tensors, e), moments.expert_moments(e, 0.0)[0])
+        for e, w in enumerate(weights)
+    )
+
+
+def test_noise_has_the_size_of_the_error_that_quantization_makes_at_every_rate():
+    """Within a fifth for the trellis code, whose errors are Gaussian-like; vector codes differ more from their law."""
+    recipe = make_recipe("best", 2, bcos=False, prior_tokens=0.0)
+    weights, moments = problem()
+    law = _noise_law(weights, moments, recipe, bits=2)
+    noise = law.draw(torch.Generator().manual_seed(1))
+    drawn = sum(weighted_error(noise[e], moments.expert_moments(e, 0.0)[0]) for e in range(EXPERTS))
+    for bits in (2, 3):
+        made = quantization_error(weights, moments, recipe, bits)
+        assert 0.8 < drawn * law.growth[bits, 0] / made < 1.25
+
+
+def test_growth_says_what_a_shared_basis_saves():
+    recipe = make_recipe("best", 2, bcos=False, prior_tokens=0.0, idre=True, rank_divisor=64)
+    for shared in (0.0, 0.05):
+        weights, moments = problem(shared=shared)
+        growth = _noise_law(weights, moments, recipe, bits=2).growth
+        saved = growth[2, 1] / growth[2, 0]
+        assert saved < 0.5 if shared else saved > 0.9
+        made = [quantization_error(weights, moments, recipe, 2, rank=rank) for rank in (0, 1)]
+        assert 0.7 < saved / (made[1] / made[0]) < 1.4
+
+
+def test_bias_share_is_the_constant_part_of_the_error():
+    recipe = make_recipe("best", 2, prior_tokens=0.0)
+    weights, moments = problem(shift=3.0)
+    law = _noise_law(weights, moments, recipe, bits=2)
+    noise = law.draw(torch.Generator().manual_seed(1))
+    constant = total = 0.0
+    for expert in range(EXPERTS):
+        second_moment, mean = moments.expert_moments(expert, 0.0)
+        constant += (noise[expert] @ mean).square().mean().item()  # per row, as weighted_error
+        total += weighted_error(noise[expert], second_moment)
+    assert abs(law.bias_share - constant / total) < 0.05
+    sensitivity = Sensitivity(0.01, law.growth, law.bias_share)
+    assert sensitivity.predict(2, 0, bias=True) < sensitivity.predict(2, 0, bias=False) == 0.01
+
+
+def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.Module()
+            self.mlp.experts = nn.Module()
+            generator = torch.Generator().manual_seed(0)
+            self.mlp.experts.gate_up_proj = nn.Parameter(torch.randn(2, 16, 8, generator=generator))
+            self.mlp.experts.down_proj = nn.Parameter(torch.randn(2, 8, 8, generator=generator))
+            self.mlp.experts.act_fn = silu
+
+        def forward(self, states):
+            tokens = states.flatten(0, 1)
+            index = (tokens[:, :1] > 0).long()
+            return states + self.mlp.experts(tokens, index, torch.ones_like(index).float()).view(states.shape)
+
+    layer = Layer()
+    bank = ExpertBank("layers.0.mlp.experts", "routed", 2, 8, 8, 0)
+    run = LayerRunner(layer, lambda rows: {}, batch_size=4, device=torch.device("cpu"))
+    inputs = torch.randn(6, 50, 8, generator=torch.Generator().manual_seed(1))
+    earlier = (ExpertBank("before", "routed", 2, 8, 8, -1), "down_proj")
+    with torch.no_grad():
+        probe = probe_layer(
+            layer,
+            "layers.0",
+            [bank],
+            make_recipe("default", 2, prior_tokens=1.0),
+            run=run,
+            inputs=inputs,
+            disturbed={earlier: inputs[:3] + 1},
+            num_probed=3,
+            bits=2,
+            seed=0,
+        )
+        assert isinstance(layer.mlp.experts, ObservedBank)  # with the original weights again, in another order
+        torch.testing.assert_close(layer(inputs), probe.outputs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(probe.disturbed[earlier], layer(inputs[:3] + 1), rtol=1e-4, atol=1e-5)
+    own = {site: states for site, states in probe.disturbed.items() if site != earlier}
+    assert list(own) == [(bank, "gate_up_proj"), (bank, "down_proj")]
+    for states in own.values():
+        relative = (states - probe.outputs[:3]).square().mean() / probe.outputs[:3].square().mean()
+        assert 1e-4 < relative < 1
+    largest = (probe.outputs - inputs).abs().max()
+    assert probe.peaks[bank].max() == largest
+
+
+def test_divergence_is_the_mean_kl_of_the_predictions():
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(5, 9, generator=generator)
+    reference, other = torch.randn(2, 3, 4, 5, generator=generator)
+    p, q = ((states.double() @ head.double()).softmax(-1) for states in (reference, other))
+    expected = (p * (p / q).log()).sum(-1).mean().item()
+    assert abs(divergence(lambda states: states @ head, reference, other) - expected) < 1e-5
+
+
+def test_super_experts_stand_far_above_all_others():
+    generator = torch.Generator().manual_seed(0)
+    peaks = {f"layer {i}": 1 + torch.rand(64, generator=generator) for i in range(8)}
+    assert super_experts(peaks) == {}
+    peaks["layer 1"][7] = 900.0
+    peaks["layer 3"][2] = 60.0  # large, but not beside the largest
+    assert super_experts(peaks) == {"layer 1": [7]}
