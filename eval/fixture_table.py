@@ -166,7 +166,27 @@ def markdown(results: list[dict], versions: dict[str, str]) -> str:
         )
     threads = torch.get_num_threads()
     described = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return "\n".join(lines) + f"\n\nMade by `python eval/fixture_table.py` ({described}; {threads} CPU thread).\n"
+    return (
+        "\n".join(lines)
+        + "\n\nBits above the Shannon limit: ½ log₂ of the weighted error over the Gaussian bound at the true bits.\n\n"
+        + limits_table(results)
+        + f"\n\nMade by `python eval/fixture_table.py` ({described}; {threads} CPU thread).\n"
+    )
+
+
+def limits_table(results: list[dict]) -> str:
+    """Bits above the Shannon limit by layer and projection, means over seeds."""
+    layers = len(results[0]["bits_above_limit_by_projection"]) // 2
+    names = [f"{layer} {projection}" for layer in range(layers) for projection in ("gate/up", "down")]
+    lines = ["| | group | true bits | mean | " + " | ".join(names) + " |", "|---|---|---|---|" + "---|" * len(names)]
+    for bits, label in dict.fromkeys((result["bits"], result["label"]) for result in results):
+        runs = [result for result in results if (result["bits"], result["label"]) == (bits, label)]
+        columns = zip(*(run["bits_above_limit_by_projection"] for run in runs), strict=True)
+        values = [statistics.mean(column) for column in columns]
+        cells = " | ".join(f"{value:.2f}" for value in values)
+        true_bits = statistics.mean(run["bits_per_weight"] for run in runs)
+        lines.append(f"| {label} | {bits} | {true_bits:.3f} | {statistics.mean(values):.2f} | {cells} |")
+    return "\n".join(lines)
 
 
 def readme_table(results: list[dict]) -> str:

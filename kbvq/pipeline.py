@@ -38,7 +38,7 @@ logger = logging.getLogger("kbvq")
 TOKENS_PER_BATCH = 8192
 """Tokens that run through a layer at once during calibration."""
 
-PROBE_BYTES = 1 << 30
+PROBE_BYTES = 1 << 28
 """Memory for the disturbed activations from which the sensitivities are measured."""
 
 
@@ -196,7 +196,7 @@ def _plan_within_budget(stream: LayerStream, windows: _Windows, options: Quantiz
                 bits=round(recipe.bits),
                 seed=options.seed + index,
             )
-        hidden_states, disturbed = probe.outputs, probe.disturbed
+        hidden_states = probe.outputs
         growth |= probe.growth
         bias_shares |= probe.bias_shares
         peaks |= probe.peaks

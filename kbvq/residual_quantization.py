@@ -65,7 +65,7 @@ def beam_search(
     # Stage 0 has one table, [B, K, d], each later stage one per group, side by side: [B, num_groups · K, d].
     later = range(1, tables.shape[1], num_groups)
     stages = [tables[:, 0], *(tables[:, first : first + num_groups].flatten(1, 2) for first in later)]
-    chunk = max(1, _CHUNK_FLOATS // (beam * stages[-1].shape[1]))
+    chunk = max(1, _CHUNK_FLOATS // (beam * tables.shape[2]))
     found = []
     for problem, of_problem in enumerate(vectors):
         own = [stage[problem] for stage in stages]
@@ -80,17 +80,22 @@ def _beam_search(vectors: Tensor, stages: list[Tensor], groups: Tensor | None, b
     residual = vectors[:, None]  # [n, partial sums, d]
     codes = torch.empty(n, 1, 0, dtype=torch.int64, device=vectors.device)
     for stage, codebook in enumerate(stages):
-        # ‖r − c‖² = ‖r‖² + ‖c‖² − 2 r·c for every partial sum and codeword
-        scores = residual.square().sum(2)[..., None] + codebook.square().sum(1) - 2 * residual @ codebook.T
-        if groups is not None and stage:
-            table = torch.arange(len(codebook), device=codes.device) // size
-            scores = scores.masked_fill(groups[codes[..., 0]][..., None] != table, torch.inf)
-        kept = min(beam, scores.shape[1] * size)  # so many of the scores are finite
-        best = scores.flatten(1).topk(kept, largest=False).indices
-        origin, place = best // len(codebook), best % len(codebook)
-        codes = torch.cat(
-            [codes.gather(1, origin[..., None].expand(-1, -1, codes.shape[2])), (place % size)[..., None]], 2
-        )
+        half_norms = 0.5 * codebook.square().sum(1)
+        if groups is None or stage == 0:
+            table = torch.zeros_like(residual[..., 0], dtype=torch.int64)
+            products = half_norms - residual @ codebook.T
+        else:
+            table = groups[codes[..., 0]]
+            products = residual.new_empty(n, residual.shape[1], size)
+            for group in range(len(codebook) // size):
+                members, rows = table == group, slice(group * size, (group + 1) * size)
+                products[members] = half_norms[rows] - residual[members] @ codebook[rows].T
+        # ½‖r − c‖² = ½‖r‖² + ½‖c‖² − r·c for every partial sum and codeword
+        scores = 0.5 * residual.square().sum(2)[..., None] + products
+        best = scores.flatten(1).topk(min(beam, scores[0].numel()), largest=False).indices
+        origin, code = best // size, best % size
+        place = table.gather(1, origin) * size + code
+        codes = torch.cat([codes.gather(1, origin[..., None].expand(-1, -1, codes.shape[2])), code[..., None]], 2)
         residual = residual.gather(1, origin[..., None].expand(-1, -1, dim)) - F.embedding(place, codebook)
     winner = residual.square().sum(2).argmin(1)
     return codes[torch.arange(n, device=codes.device), winner]

@@ -11,7 +11,7 @@ writes, as when it comes from down, whose own are spread over all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,10 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """outputs: the layer's, [windows, tokens, hidden_size]. disturbed: by site, [windows probed, tokens, hidden_size].
-    growth, bias_shares: of this layer's sites (see Sensitivity). peaks: largest absolute output of each expert by bank,
-    [num_experts] float32."""
+    """outputs: the layer's, [windows, tokens, hidden_size]. growth, bias_shares: of its sites (see Sensitivity). peaks:
+    largest absolute output of each expert by bank, [num_experts] float32."""
 
     outputs: Tensor
-    disturbed: dict[Site, Tensor]
     growth: dict[Site, dict[tuple[int, int], float]]
     bias_shares: dict[Site, float]
     peaks: dict[ExpertBank, Tensor]
@@ -81,7 +79,7 @@ def probe_layer(
     *,
     run: LayerRunner,
     inputs: Tensor,
-    disturbed: Mapping[Site, Tensor],
+    disturbed: dict[Site, Tensor],
     num_probed: int,
     bits: int,
     seed: int,
@@ -90,7 +88,8 @@ def probe_layer(
     its projections, and on those that come disturbed from the layers before.
 
     layer: materialised, at `layer_path` of its model; its banks' modules are replaced. inputs: [windows, tokens,
-    hidden_size] on the CPU. bits: the rate whose noise is taken.
+    hidden_size] on the CPU. disturbed: by site, [num_probed, tokens, hidden_size]; replaced by the layer's outputs, and
+    joined by those of its own sites. bits: the rate whose noise is taken.
     """
     observed = observe_banks(layer, layer_path, banks)
     outputs, moments = run_and_watch(run, inputs, observed, PROJECTIONS, by_routing=recipe.routing_weighted)
@@ -101,7 +100,8 @@ def probe_layer(
     generator = torch.Generator().manual_seed(seed)
     for module in observed.values():
         module.watch_()
-    carried = {site: run.batch(states).cpu() for site, states in disturbed.items()}
+    for site, states in disturbed.items():
+        disturbed[site] = run.batch(states).cpu()
     growth, bias_shares = {}, {}
     for bank, module in observed.items():
         for projection in PROJECTIONS:
@@ -110,9 +110,9 @@ def probe_layer(
             law = _noise_law(weights, moments[bank][projection], recipe, bits)
             growth[site], bias_shares[site] = law.growth, law.bias_share
             module.set_(projection, weights.float() + law.draw(generator), None)
-            carried[site] = run.batch(inputs[:num_probed]).cpu()
+            disturbed[site] = run.batch(inputs[:num_probed]).cpu()
             module.set_(projection, weights, None)
-    return LayerProbe(outputs, carried, growth, bias_shares, peaks)
+    return LayerProbe(outputs, growth, bias_shares, peaks)
 
 
 def divergence(logits: Callable[[Tensor], Tensor], reference: Tensor, disturbed: Tensor) -> float:

@@ -97,6 +97,7 @@ def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():
     run = LayerRunner(layer, lambda rows: {}, batch_size=4, device=torch.device("cpu"))
     inputs = torch.randn(6, 50, 8, generator=torch.Generator().manual_seed(1))
     earlier = (ExpertBank("before", "routed", 2, 8, 8, -1), "down_proj")
+    disturbed = {earlier: inputs[:3] + 1}
     with torch.no_grad():
         probe = probe_layer(
             layer,
@@ -105,15 +106,15 @@ def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():
             make_recipe("default", 2, prior_tokens=1.0),
             run=run,
             inputs=inputs,
-            disturbed={earlier: inputs[:3] + 1},
+            disturbed=disturbed,
             num_probed=3,
             bits=2,
             seed=0,
         )
         assert isinstance(layer.mlp.experts, ObservedBank)  # with the original weights again, in another order
         torch.testing.assert_close(layer(inputs), probe.outputs, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(probe.disturbed[earlier], layer(inputs[:3] + 1), rtol=1e-4, atol=1e-5)
-    own = {site: states for site, states in probe.disturbed.items() if site != earlier}
+        torch.testing.assert_close(disturbed[earlier], layer(inputs[:3] + 1), rtol=1e-4, atol=1e-5)
+    own = {site: states for site, states in disturbed.items() if site != earlier}
     assert list(own) == [(bank, "gate_up_proj"), (bank, "down_proj")]
     for states in own.values():
         relative = (states - probe.outputs[:3]).square().mean() / probe.outputs[:3].square().mean()
