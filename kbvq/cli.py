@@ -65,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--seed", type=int, default=0, help="of the windows and the codebooks (default: %(default)s)")
     quantize.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     quantize.add_argument("--overwrite", action="store_true", help="replace a non-empty output folder")
-    quantize.add_argument("--no-idre", dest="idre", action="store_false", help="no shared low-rank basis")
+    quantize.add_argument(
+        "--idre",
+        action=argparse.BooleanOptionalAction,
+        help="shared low-rank basis (default: in the recipe paper only); under a budget its rank is chosen, 0 included",
+    )
     quantize.add_argument("--no-klt", dest="klt", action="store_false", help="shared basis by plain SVD")
     quantize.add_argument("--no-bcos", dest="bcos", action="store_false", help="no output scale and bias correction")
     quantize.add_argument(
@@ -104,11 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    changes: dict[str, object] = {
-        name: False for name in ("idre", "klt", "bcos", "budget") if not getattr(options, name)
-    }
-    for name in ("codebook", "codebook_scope"):
-        if getattr(options, name):
+    changes: dict[str, object] = {name: False for name in ("klt", "bcos", "budget") if not getattr(options, name)}
+    for name in ("idre", "codebook", "codebook_scope"):
+        if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     record = quantize_model(
         QuantizeOptions(

@@ -144,10 +144,15 @@ def _candidates(
         formats = recipe.candidates(*shape)
     except ConfigError as error:
         raise ConfigError(f"{bank.path}: {error}") from error
-    for format in formats.values():
-        _check_served(bank, format, activation)
+    served = {
+        option: format
+        for option, format in formats.items()
+        if kbvq_kernels.supports(**format.to_dict(), activation=activation) is None
+    }
+    if not served:
+        _check_served(bank, next(iter(formats.values())), activation)
     biases = (True, False) if recipe.bcos else (False,)
-    return [(option, dataclasses.replace(f, has_bias=bias)) for option, f in formats.items() for bias in biases]
+    return [(option, dataclasses.replace(f, has_bias=bias)) for option, f in served.items() for bias in biases]
 
 
 def _check_served(bank: ExpertBank, format: ProjectionFormat, activation: str) -> None:

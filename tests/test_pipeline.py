@@ -259,5 +259,20 @@ def test_command_line(tmp_path, text, capsys):
 
     assert main(["quantize", *arguments, *common, "--bits", "2.5"]) == 2
     assert "--bits 2.5" in capsys.readouterr().err
+    trellis = [
+        "--samples",
+        "16",
+        "--sequence-length",
+        "32",
+        "--bits",
+        "2",
+        "--no-budget",
+        "--codebook",
+        "trellis",
+        "--idre",
+    ]
+    assert main(["quantize", *arguments, *trellis, "--quiet", "--overwrite"]) == 0
+    projection = inspect_checkpoint(tmp_path / "packed")["banks"][0]["down_proj"]
+    assert (projection["codebook"], projection["rank"]) == ("trellis", 1)
     assert main(["quantize", *arguments, *common]) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -88,6 +88,15 @@ def test_measured_plan_beats_equal_rates_at_equal_bits(stream, data):
     assert all(parameter.is_meta for parameter in stream.model.parameters() if parameter.shape != torch.Size([0]))
 
 
+def test_ranks_that_no_kernel_serves_are_left_out_and_unserved_activations_refused(stream):
+    wide = [dataclasses.replace(bank, intermediate_size=14336) for bank in stream.banks[:1]]
+    recipe = make_recipe("default", 2, idre=True)
+    largest = check_budget(wide, recipe, "silu")
+    assert largest[0].down_proj.rank == 2 * 14336 // 128  # four times as much would be 448
+    with pytest.raises(ConfigError, match="model.layers.0.mlp.experts: the kernels cannot serve it: .*swish7"):
+        check_budget(wide, recipe, "swish7")
+
+
 def test_budgets_that_cannot_be_met_are_refused_before_anything_is_read(stream):
     narrow = [dataclasses.replace(bank, hidden_size=32, intermediate_size=16) for bank in stream.banks]
     with pytest.raises(ConfigError, match="--bits 1.5: the lowest rates take"):

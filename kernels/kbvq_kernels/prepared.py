@@ -80,8 +80,8 @@ def slower_than_bf16(
         return None
     if num_stages >= 2:
         return f"{num_stages} stages of {codebook_size} codewords cost too many table lookups"
-    if vector_dim == 2 and codebook_size > 256:
-        return f"vectors of 2 from {codebook_size} codewords cost too many table lookups"
+    if vector_dim == 2:
+        return "vectors of 2 cost two table lookups for every four weights, and decode through shared memory"
     return None
 
 

@@ -219,6 +219,7 @@ def test_slower_formats_are_named_once(caplog):
         prepare(three_stages[0], **three_stages[1], device_type="cuda")
     assert [record.args[0] for record in caplog.records] == ["cpu", "cuda", "cuda"]
     assert "3 stages" in caplog.text and slower_than_bf16(**default[1]) is None
+    assert "vectors of 2" in slower_than_bf16(codebook="vq", vector_dim=2, codebook_size=256)
 
 
 def test_damaged_codebooks_are_refused():
