@@ -29,10 +29,13 @@ def random_projection(format: ProjectionFormat, seed: int) -> tuple[PackedProjec
         elif name == "groups":
             tensors[name] = draw(format.num_groups, *spec.shape).to(torch.uint8)
         elif spec.dtype == torch.int8:
-            tensors[name] = (draw(255, *spec.shape) - 127).to(torch.int8)
+            values = draw(255, *spec.shape) - 127
+            tensors[name] = (values.abs() if format.signed and name == "codebook" else values).to(torch.int8)
         else:
             small = {"codebook": 0.3, "basis_scale": 0.004, "coefficients_scale": 0.004, "codebook_scale": 0.004}
-            tensors[name] = (small.get(name, 0.5) * torch.randn(spec.shape, generator=generator)).to(spec.dtype)
+            values = small.get(name, 0.5) * torch.randn(spec.shape, generator=generator)
+            magnitudes = name == "codebook_scale" or (format.signed and name == "codebook")
+            tensors[name] = (values.abs() if magnitudes else values).to(spec.dtype)
     return PackedProjection(format, tensors), codes
 
 

@@ -271,6 +271,8 @@ def grouped(
     low = low_rank(x, p) if p.rank else x
     width = p.out_features // 2 if gated else p.out_features
     rows = blocks["BLOCK_N"] // 2 if gated else blocks["BLOCK_N"]
+    # A trellis code takes many registers per weight: Triton 3.7 would spill some of a larger tile.
+    block_k = min(32, blocks["BLOCK_K"]) if p.trellis_bits else blocks["BLOCK_K"]
     kernels.grouped_kernel[(triton.cdiv(width, rows), block_experts.numel())](
         x,
         low,
@@ -293,7 +295,7 @@ def grouped(
         BLACKWELL=capability(x) >= (10, 0),
         BLOCK_M=blocks["BLOCK_M"],
         BLOCK_N=blocks["BLOCK_N"],
-        BLOCK_V=max(8, min(blocks["BLOCK_K"] // p.vector_dim, power_of_2(p.num_vectors))),
+        BLOCK_V=max(8, min(block_k // p.vector_dim, power_of_2(p.num_vectors))),
         BLOCK_R=max(16, power_of_2(p.rank)),
         num_warps=blocks["num_warps"],
         num_stages=1,

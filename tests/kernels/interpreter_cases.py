@@ -97,9 +97,7 @@ def moe_case(path, dtype, experts, hidden, intermediate, tokens, top_k, activati
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(3)).to(dtype)
     if path == "scratch":
         weights = weights.to(BF16)
-    y = launch.moe_forward(
-        x, index, weights, kernel_form(*gate_up, dtype), kernel_form(*down, dtype), activation, path
-    )
+    y = launch.moe_forward(x, index, weights, kernel_form(*gate_up, dtype), kernel_form(*down, dtype), activation, path)
     return relative_error(y, expected_moe(x, index, weights, gate_up, down, activation))
 
 

