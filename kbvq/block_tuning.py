@@ -8,7 +8,7 @@ projection alone; this is where gate, up and down, and the experts of one token,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kbvq.calibration import LayerRunner, ObservedBank
 from kbvq.errors import NumericalError
-from kbvq.expert_forward import ExpertWeights, run_bank
+from kbvq.expert_forward import run_bank, stacked_experts
 from kbvq.packing import (
     codeword_places,
     decode_codes,
@@ -109,14 +109,7 @@ class TrainableBank(nn.Module):
         biases = [
             None if bias is None else bias.to(dtype) for bias in (self.projections[n].bias() for n in PROJECTIONS)
         ]
-
-        def of_expert(expert: int) -> ExpertWeights:
-            (gate_up, gate_up_bias), (down, down_bias) = (
-                (weight[expert], None if bias is None else bias[expert])
-                for weight, bias in zip(weights, biases, strict=True)
-            )
-            return gate_up, gate_up_bias, down, down_bias
-
+        of_expert = stacked_experts(weights, biases)
         return run_bank(hidden_states, top_k_index, top_k_weights, len(weights[0]), of_expert, self.activation)
 
     def pack(self) -> PackedBank:
@@ -166,14 +159,9 @@ def tune_banks(
                 groups.append(parameter_group(parameter, learning_rate, size))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = cosine_schedule(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    rows = windows_per_step(inputs.shape[1], len(inputs))
-    waiting = torch.empty(0, dtype=torch.int64)
     energy = float((targets - inputs).float().square().mean())
-    for _ in tqdm(range(steps), desc="tuning", unit="step", leave=False, disable=None):
-        if len(waiting) < rows:
-            waiting = torch.randperm(len(inputs), generator=generator)
-        chosen, waiting = waiting[:rows], waiting[rows:]
+    drawn = shuffled_windows(inputs.shape[1], len(inputs), steps, seed)
+    for chosen in tqdm(drawn, total=steps, desc="tuning", unit="step", leave=False, disable=None):
         with torch.enable_grad():
             for bank, projections in trainable.items():
                 for name, projection in projections.items():
@@ -194,6 +182,18 @@ def tune_banks(
 def windows_per_step(tokens: int, windows: int) -> int:
     """Windows of `tokens` tokens in one step, at most all there are."""
     return max(1, min(windows, TOKENS_PER_STEP // tokens))
+
+
+def shuffled_windows(tokens: int, windows: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """The windows of each step, [windows_per_step] int64: all of them in random order, then in another."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = windows_per_step(tokens, windows)
+    waiting = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(waiting) < rows:
+            waiting = torch.randperm(windows, generator=generator)
+        chosen, waiting = waiting[:rows], waiting[rows:]
+        yield chosen
 
 
 def _output_size(projection: TrainableProjection, moments: InputMoments) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from kbvq.expert_forward import run_bank
+from kbvq.expert_forward import run_bank, stacked_experts
 from kbvq.moe_adapters import ExpertBank, bank_activation, bank_weights
 from kbvq.packing import dequantize_expert
 from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
@@ -79,14 +79,10 @@ class ObservedBank(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
         observe = self._observe if self.moments else None
-        weights, activation = self._expert_weights, self.activation
-        return run_bank(hidden_states, top_k_index, top_k_weights, self.num_experts, weights, activation, observe)
-
-    def _expert_weights(self, expert: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        (gate_up, gate_up_bias), (down, down_bias) = (
-            (self.weights[name][expert], None if bias is None else bias[expert]) for name, bias in self.biases.items()
+        of_expert = stacked_experts(*([named[name] for name in PROJECTIONS] for named in (self.weights, self.biases)))
+        return run_bank(
+            hidden_states, top_k_index, top_k_weights, self.num_experts, of_expert, self.activation, observe
         )
-        return gate_up, gate_up_bias, down, down_bias
 
     def _observe(
         self, expert: int, gate_up_inputs: Tensor, down_inputs: Tensor, outputs: Tensor, routing_weights: Tensor

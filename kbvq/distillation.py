@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from kbvq.block_tuning import TrainableBank, cosine_schedule, parameter_group, windows_per_step
+from kbvq.block_tuning import TrainableBank, cosine_schedule, parameter_group, shuffled_windows
 from kbvq.errors import NumericalError
 from kbvq.layer_stream import LayerStream
 from kbvq.moe_adapters import bank_activation, decoder_layers
@@ -54,13 +54,8 @@ def distill(
         groups = [parameter_group(p, learning_rate) for module in modules.values() for p in module.parameters()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         schedule = cosine_schedule(optimizer, steps)
-        generator = torch.Generator().manual_seed(seed)
-        rows = windows_per_step(token_ids.shape[1], len(token_ids))
-        waiting = torch.empty(0, dtype=torch.int64)
-        for _ in tqdm(range(steps), desc="distilling", unit="step", disable=None):
-            if len(waiting) < rows:
-                waiting = torch.randperm(len(token_ids), generator=generator)
-            chosen, waiting = waiting[:rows], waiting[rows:]
+        drawn = shuffled_windows(token_ids.shape[1], len(token_ids), steps, seed)
+        for chosen in tqdm(drawn, total=steps, desc="distilling", unit="step", disable=None):
             with torch.no_grad():
                 wanted = stream.logits(teacher[chosen].to(device)).float().log_softmax(-1)
             with torch.enable_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,19 @@ def run_experts(
             observe(expert, gate_up_inputs, down_inputs, expert_output, routing_weights[chosen])
         output.index_add_(0, tokens[chosen], expert_output.float() * routing_weights[chosen, None])
     return output.to(hidden_states.dtype)
+
+
+def stacked_experts(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[int], ExpertWeights]:
+    """The weights of one expert from those of all: gate_up_proj and down_proj [E, …], and their biases [E, …]."""
+
+    def of_expert(expert: int) -> ExpertWeights:
+        (gate_up, gate_up_bias), (down, down_bias) = (
+            (weight[expert], None if bias is None else bias[expert])
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        return gate_up, gate_up_bias, down, down_bias
+
+    return of_expert
 
 
 def run_bank(

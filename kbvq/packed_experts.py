@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kbvq_kernels
 from kbvq.errors import CheckpointError
-from kbvq.expert_forward import ExpertWeights, run_experts
+from kbvq.expert_forward import ExpertWeights, run_bank
 from kbvq.packing import dequantize_expert
 from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, ProjectionFormat, buffer_name
 from kbvq_kernels import PreparedProjection
@@ -77,16 +77,13 @@ class PackedBankModule(nn.Module):
             return kbvq_kernels.moe_forward(
                 hidden_states, top_k_index, top_k_weights, *prepared, activation=self.activation_name
             )
-        if top_k_index is None or top_k_weights is None:
-            top_k_index = hidden_states.new_zeros(len(hidden_states), 1, dtype=torch.long)
-            top_k_weights = hidden_states.new_ones(len(hidden_states), 1)
-        return run_experts(
+        return run_bank(
             hidden_states,
             top_k_index,
             top_k_weights,
-            num_experts=self.num_experts,
-            expert_weights=lambda expert: self.expert_weights(expert, hidden_states.dtype),
-            activation=self.act_fn,
+            self.num_experts,
+            lambda expert: self.expert_weights(expert, hidden_states.dtype),
+            self.act_fn,
         )
 
     def _kernel_projections(self, dtype: torch.dtype) -> list[PreparedProjection]:

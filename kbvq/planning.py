@@ -101,7 +101,7 @@ def budget_plan(
         for candidates, sensitivity in zip(options, measured, strict=True)
     ]
     budget = _budget_bytes(banks, recipe)
-    picked = allocate(choices, budget)
+    picked = allocate(choices, budget, slack=TOLERANCE)
     chosen = [candidates[pick] for candidates, pick in zip(options, picked, strict=True)]
     formats = [
         BankFormat(bank.path, bank.kind, gate_up_proj=gate_up[1], down_proj=down[1])
