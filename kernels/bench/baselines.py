@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kbvq_kernels.ptx import share_tables, shared_words
+
 INT4_GROUP = 128
 
 
@@ -113,4 +115,20 @@ def lookup_kernel(
         entry = (code >> 13) & (ENTRIES - 1)
         for word in tl.static_range(WORDS):
             acc += tl.load(table_ptr + entry * WORDS + word, eviction_policy="evict_last")
+    tl.store(out_ptr + lane, acc)
+
+
+@triton.jit
+def shared_lookup_kernel(
+    words_ptr, out_ptr, D: tl.constexpr, COPIES: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The same of codewords of D values in COPIES copies of a table of 256 in shared memory."""
+    shared = share_tables(words_ptr, 1, D, 256, COPIES)
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    code = lane * 747796405 + 12345
+    acc = lane.to(tl.int64)
+    for _ in range(REPEAT):
+        code = code * 1664525 + 1013904223
+        word0, word1 = shared_words(shared, (code >> 13) & 255, D, COPIES)
+        acc += word0 ^ word1 if D == 8 else word0
     tl.store(out_ptr + lane, acc)

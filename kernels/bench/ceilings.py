@@ -14,10 +14,9 @@ The kernel's ceiling is the least of the three. Nothing here was timed: the mach
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import torch
-from synthetic import FORMATS, SHAPES, CodeFormat, meta_bank
+from synthetic import FORMATS, SHAPES, CodeFormat, ExpertShape, meta_bank
 
 from kbvq_kernels import aot, launch
 
@@ -27,97 +26,120 @@ SM_COUNT, CLOCK_HZ, COPY_BYTES_PER_S = 132, 1.755e9, 4.3e12
 BF16_WEIGHTS_PER_S = COPY_BYTES_PER_S / 2
 
 
-def lookup_cycles(entry_bytes: int, load_bytes: int, entries: int, trials: int = 400) -> float:
-    """Cycles an SM's L1 cache spends on 32 random lookups, each of entry_bytes in loads of load_bytes.
+def cached_lookup_cycles(entry_bytes: int, load_bytes: int, entries: int, trials: int = 400) -> float:
+    """Cycles an SM spends on 32 random lookups through the L1 cache, each of entry_bytes in loads of load_bytes.
 
     A wavefront serves the lanes of one phase (128 bytes' worth) whose banks differ; equal addresses merge. Tags are
     checked at four 128-byte lines a cycle for each load.
     """
     rng, total = random.Random(0), 0.0
-    lanes = 128 // load_bytes if load_bytes > 4 else 32
     for _ in range(trials):
         codes = [rng.randrange(entries) for _ in range(32)]
         for part in range(entry_bytes // load_bytes):
             # Each part of the codewords is a table of its own.
             addresses = [(part * entries + code) * load_bytes for code in codes]
             tags = len({a // 128 for a in addresses}) / 4
-            waves = 0
-            for start in range(0, 32, lanes):
-                slots: dict[int, set[int]] = {}
-                for a in addresses[start : start + lanes]:
-                    slots.setdefault(a % 128 // load_bytes, set()).add(a)
-                waves += max(map(len, slots.values()))
-            total += max(tags, waves)
+            total += max(tags, wavefronts(addresses, load_bytes))
     return total / trials
 
 
-def table_of(code: CodeFormat) -> tuple[int, int]:
-    """(bytes of a codeword on CUDA, entries that its lookups spread over)."""
-    if code.codebook == "trellis":
-        return 2, 256
-    one_table = code.num_stages == 1 and code.vector_dim >= 4
-    size = code.vector_dim * (1 if code.codebook_dtype == "int8" and one_table else 2)
-    return size, code.codebook_size
+def shared_lookup_cycles(entry_bytes: int, entries: int, copies: int, trials: int = 400) -> float:
+    """Cycles an SM spends on 32 random lookups in shared memory with `copies` of the tables: bank conflicts alone."""
+    rng, total = random.Random(0), 0
+    for _ in range(trials):
+        codes = [rng.randrange(entries) for _ in range(32)]
+        addresses = [(code * copies + lane % copies) * entry_bytes for lane, code in enumerate(codes)]
+        total += wavefronts(addresses, entry_bytes)
+    return total / trials
 
 
-def l1_cycles(code: CodeFormat, path: str, compiled: aot.MachineCode, weights: float) -> float:
+def wavefronts(addresses: list[int], load_bytes: int) -> int:
+    """Cycles for the data of one load by 32 lanes."""
+    lanes, waves = min(32, 128 // load_bytes), 0
+    for start in range(0, 32, lanes):
+        slots: dict[int, set[int]] = {}
+        for a in addresses[start : start + lanes]:
+            slots.setdefault(a % 128 // load_bytes, set()).add(a)
+        waves += max(map(len, slots.values()))
+    return waves
+
+
+def l1_cycles(code: CodeFormat, tokens: float, entry: aot.Launch, compiled: aot.MachineCode, weights: float) -> float:
     """Cycles that the L1 cache and shared memory, one unit, spend on a weight.
 
-    Lookups (and in rq-moe those of groups, one byte each), then every other load and store of the loop at 128 bytes a
-    cycle. A load of x in decode_kernel touches 32 lines at four tags a cycle, or a single token's four lines.
+    Lookups (and in rq-moe those of groups, one byte each), the copies of the tables that every program writes, then
+    every other load and store of the loop at 128 bytes a cycle. A load of x in decode_kernel touches four lines for
+    each of its `tokens`, at four tags a cycle; 0 tokens: grouped_kernel.
     """
-    size, entries = table_of(code)
-    lookups = code.num_stages / code.vector_dim
-    cycles = lookups * lookup_cycles(size, min(8, size), entries) / 32
+    a, copies = entry.arguments, entry.arguments["COPIES"]
+    lookups = 1.0 if code.codebook == "trellis" else code.num_stages / code.vector_dim
+    size = 2 if code.codebook == "trellis" else 2 * code.vector_dim
+    if copies:
+        cycles = lookups * shared_lookup_cycles(size, code.codebook_size, copies) / 32
+        rows = a["BLOCK_N"] * a.get("ROW_WARPS", 1)
+        cycles += a["TABLES"] * code.codebook_size * copies * size / 128 / (rows * a["K"])
+    else:
+        entries = 256 if code.codebook == "trellis" else code.codebook_size
+        cycles = lookups * cached_lookup_cycles(size, min(8, size), entries) / 32
     if code.num_groups > 1:
-        cycles += (code.num_stages - 1) / code.vector_dim * lookup_cycles(1, 1, 256) / 32
+        cycles += (code.num_stages - 1) / code.vector_dim * cached_lookup_cycles(1, 1, 256) / 32
+    other = 0.0
     for opcode, count in compiled.loop.items():
         parts = opcode.split(".")
         if parts[0] not in ("LDS", "STS", "LDSM", "STSM", "LDG") or "EL" in parts:
             continue
         each = 4 if "128" in parts or parts[-1] == "4" else 2 if "64" in parts else 1
-        if parts[0] == "LDG" and "EF" not in parts and path != "grouped":
-            each = 1 if path == "pairs" else 8
-        cycles += count * each / weights
-    return cycles
+        if parts[0] == "LDG" and "EF" not in parts and tokens:
+            each = tokens
+        other += count * each
+    if copies:  # the lookups are among these loads
+        other -= lookups * weights / 32 * max(1, size // 4)
+    return cycles + other / weights
 
 
-def kernels_of(code: CodeFormat, capability: int = 90):
-    """(label, launch, weights per pass of the inner loop and warp) for long rows."""
-    shape = replace(SHAPES[2], num_experts=8)
+PATHS = (
+    ("1 token", SHAPES[2], "pairs", 1, 1.0),
+    ("1.6 tokens", SHAPES[0], "blocks", 16, launch.expected_reuse(16, SHAPES[0].top_k, SHAPES[0].num_experts)),
+    ("8 tokens", SHAPES[2], "blocks", 16, 8.0),
+    ("128 tokens", SHAPES[2], "grouped", 2048, 0.0),
+)
+"""(tokens of an expert, model, path, tokens of the call, tokens whose x a load of decode_kernel reads). The second is a
+batch of 16 on Qwen3-30B-A3B, the others are long rows."""
+
+
+def down_projection(code: CodeFormat, shape: ExpertShape, path: str, tokens: int) -> tuple[aot.Launch, float] | None:
+    """(launch, weights per pass of the inner loop and warp), or None where the path does not serve the format."""
     projections = meta_bank(shape, code)
-    paths = (("pairs", 1), ("blocks", 16), ("grouped", 2048))
-    for path, tokens in paths:
-        if path != "grouped" and not all(launch.decodes(p, torch.bfloat16) for p in projections):
-            continue
-        x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
-        index = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
-        weights = torch.empty(tokens, shape.top_k, device="meta")
-        with aot.record(capability) as recorded:
-            launch.moe_forward(x, index, weights, *projections, "silu", path)
-        for entry in recorded:
-            a, warps = entry.arguments, entry.options.get("num_warps", 4)
-            name = entry.kernel.fn.__name__
-            if a.get("GATED"):
-                continue
-            if name == "decode_kernel":
-                yield path, entry, a["BLOCK_N"] * a["LENGTH"] * 16 * a["D"]
-            elif name == "grouped_kernel":
-                yield path, entry, a["BLOCK_N"] * a["BLOCK_V"] * a["D"] / warps
+    if path != "grouped" and not all(launch.decodes(p, torch.bfloat16) for p in projections):
+        return None
+    x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
+    index = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
+    weights = torch.empty(tokens, shape.top_k, device="meta")
+    with aot.record(90) as recorded:
+        launch.moe_forward(x, index, weights, *projections, "silu", path)
+    entry = next(r for r in recorded if "words_ptr" in r.arguments and not r.arguments["GATED"])
+    a = entry.arguments
+    if path == "grouped":
+        return entry, a["BLOCK_N"] * a["BLOCK_V"] * a["D"] / entry.options["num_warps"]
+    return entry, a["BLOCK_N"] * a["LENGTH"] * 16 * a["D"]
 
 
 def main() -> None:
     print(f"H200 inputs: {SM_COUNT} SMs, {CLOCK_HZ / 1e9} GHz, {COPY_BYTES_PER_S / 1e12} TB/s; bf16 x, sm_90")
-    columns = "format path registers spilled lookups/weight instructions/weight HBM L1 issue ceiling".split()
+    columns = "format,tokens,registers,spilled,lookups/weight,instructions/weight,HBM,L1,issue,ceiling".split(",")
     print("| " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for code in FORMATS:
-        for label, entry, weights in kernels_of(code):
+        for label, shape, path, batch, tokens in PATHS:
+            found = down_projection(code, shape, path, batch)
+            if found is None:
+                continue
+            entry, weights = found
             compiled = aot.inspect(aot.compile_launch(entry, 90))
             per_weight = sum(compiled.loop.values()) / weights
             lookups = code.num_stages / code.vector_dim
             hbm = 16 / code.bits
-            table = SM_COUNT * CLOCK_HZ / l1_cycles(code, label, compiled, weights) / BF16_WEIGHTS_PER_S
+            table = SM_COUNT * CLOCK_HZ / l1_cycles(code, tokens, entry, compiled, weights) / BF16_WEIGHTS_PER_S
             issue = SM_COUNT * 4 * CLOCK_HZ / per_weight / BF16_WEIGHTS_PER_S
             limit = min(("HBM", hbm), ("L1", table), ("issue", issue), key=lambda pair: pair[1])
             print(

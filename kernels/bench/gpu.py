@@ -98,7 +98,8 @@ def copy_bandwidth() -> float:
 
 
 def lookups() -> list[dict]:
-    """Random table lookups per second through the L1 cache, by size of a codeword and of the table."""
+    """Random table lookups per second, by size of a codeword and of the table: through the L1 cache, and in copies of
+    the table in shared memory."""
     rows = []
     blocks, block, repeat = 132 * 16, 256, 256
     out = torch.empty(blocks * block, dtype=torch.int64, device="cuda")
@@ -113,7 +114,18 @@ def lookups() -> list[dict]:
                 )
 
             rate = blocks * block * repeat / (1e-6 * replay_us([call]))
-            rows.append({"codeword_bytes": codeword_bytes, "entries": entries, "lookups_per_second": rate})
+            rows.append({"codeword_bytes": codeword_bytes, "entries": entries, "copies": 0, "lookups_per_second": rate})
+    for vector_dim, copies in ((8, 8), (8, 4), (4, 16), (4, 8)):
+        table = torch.ones(256 * vector_dim // 4, dtype=torch.int64, device="cuda")
+
+        def call(table=table, vector_dim=vector_dim, copies=copies):
+            baselines.shared_lookup_kernel[(blocks,)](
+                table, out, D=vector_dim, COPIES=copies, REPEAT=repeat, BLOCK=block, num_warps=4
+            )
+
+        rate = blocks * block * repeat / (1e-6 * replay_us([call]))
+        size = 2 * vector_dim
+        rows.append({"codeword_bytes": size, "entries": 256, "copies": copies, "lookups_per_second": rate})
     return rows
 
 

@@ -111,12 +111,13 @@ class MachineCode:
 
     loop: opcodes of its hottest loop, the one with most instructions among the innermost ones; all
     instructions when it has no loop. spilled: bytes of stack a thread, which Triton's code has for spills alone.
-    shared_memory: bytes.
+    shared_memory: bytes that Triton asks for at the launch; tables: bytes of the copies of the tables, besides.
     """
 
     registers: int
     spilled: int
     shared_memory: int
+    tables: int
     sass: str
     instructions: Counter[str]
     loop: Counter[str]
@@ -202,9 +203,11 @@ def inspect(compiled: triton.compiler.CompiledKernel) -> MachineCode:
             subprocess.run([str(_TOOLS / tool), option, str(cubin)], capture_output=True, text=True, check=True).stdout
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
+    registers, stack, local, tables = (
+        int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL", "SHARED")
+    )
     opcodes = _opcodes(sass.splitlines())
-    return MachineCode(registers, stack + local, compiled.metadata.shared, sass, opcodes, _loop(sass))
+    return MachineCode(registers, stack + local, compiled.metadata.shared, tables, sass, opcodes, _loop(sass))
 
 
 def meta_projection(
@@ -306,26 +309,27 @@ class Case:
         return [entry for entry in recorded if "words_ptr" in entry.arguments][which]
 
 
-def paths(name: str) -> list[str]:
-    """The paths that serve a format, by kernel: pairs and blocks decode_kernel, where vectors are of 4 or 8."""
-    return list(_PATHS)[0 if FORMATS[name]["vector_dim"] in (4, 8) else 2 :]
-
-
 def compile_case(case: Case) -> MachineCode:
     """Machine code of the case's launch."""
     return inspect(compile_launch(case.launch(), case.capability))
 
 
+def weights_per_pass(entry: Launch) -> float:
+    """Weights that a warp decodes in one pass of the inner loop."""
+    a = entry.arguments
+    if "LENGTH" in a:
+        return a["BLOCK_N"] * a["LENGTH"] * 16 * a["D"]
+    if "ROW_WARPS" in a:
+        return 2 * a["BLOCK_N"] * 16  # unrolled once
+    return a["BLOCK_N"] * a["BLOCK_V"] * a["D"] / entry.options["num_warps"]
+
+
 def _row(case: Case) -> tuple[str, int]:
     """(row of the table, bytes spilled)."""
     entry, code = case.launch(), compile_case(case)
-    a, name = entry.arguments, entry.kernel.fn.__name__
-    if name == "decode_kernel":
-        weights = a["BLOCK_N"] * a["LENGTH"] * 16 * a["D"]
-    else:
-        weights = a["BLOCK_N"] * a["BLOCK_V"] * a["D"] / entry.options["num_warps"]
-    each = 32 * sum(code.loop.values()) / weights
-    kernel = f"{name}, {case.path}" if name == "decode_kernel" else name
+    name = entry.kernel.fn.__name__
+    each = 32 * sum(code.loop.values()) / weights_per_pass(entry)
+    kernel = f"{name}, {case.path}" if case.path in ("pairs", "blocks") else name
     row = f"| {case.format} | {kernel} | sm_{case.capability} | {code.registers} | {code.spilled} | {each:.2f} |"
     return row, code.spilled
 
@@ -338,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     print(f"Triton {triton.__version__}, bfloat16 hidden states, 16 experts of Mixtral's widths, top 4\n")
     print("| format | kernel | target | registers | bytes spilled | instructions/weight |\n|---|---|---|---|---|---|")
-    cases = [Case(name, path, target) for name in chosen.format for path in paths(name) for target in chosen.capability]
+    cases = [Case(name, path, target) for name in chosen.format for path in _PATHS for target in chosen.capability]
     spilled = 0
     with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
         for row, spill in pool.map(_row, cases):

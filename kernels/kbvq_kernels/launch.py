@@ -29,6 +29,13 @@ FULL_CARD = 1056
 DECODE_TOKENS_PER_EXPERT = 24
 """Up to this many tokens per expert decode_kernel serves, above grouped_kernel."""
 
+DECODE_TABLES, GROUPED_TABLES = 32768, 8192
+"""Bytes of shared memory for copies of the tables. With the 8 or 32 KiB that Triton uses besides, within the 48 KiB
+that a program may have unasked: Triton asks for more only when its own part exceeds that."""
+
+LOW_RANK_STEP = 16
+"""Columns of the coefficients that are multiplied at a time."""
+
 LOW_RANK_ROWS = 64
 """Up to this many rows x @ basis.T runs as one program per row, above as a matrix product."""
 
@@ -50,11 +57,12 @@ def select_path(
 ) -> str:
     """ "pairs", "blocks", "grouped" or "scratch" for one call, from shapes, format and device alone.
 
-    pairs: decode_kernel, each pair by itself; where both projections are `decodable`.
+    pairs: decode_kernel, each pair by itself; where both projections are `decodable`, from compute capability 8 on.
     blocks: decode_kernel, pairs aligned on the device to blocks of one expert.
     grouped: the same with grouped_kernel.
     scratch: dequantize_kernel and F.grouped_mm, which is graph safe for bfloat16 on compute capability 9 and up.
     """
+    decodable = decodable and compute_capability >= (8, 0)
     if decodable and expected_reuse(num_tokens, top_k, num_experts) <= DECODE_REUSE:
         return "pairs"
     if decodable and num_tokens * top_k <= DECODE_TOKENS_PER_EXPERT * num_experts:
@@ -73,17 +81,9 @@ def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _bf16(p: PreparedProjection, dtype: torch.dtype) -> bool:
-    """Whether codewords are decoded to bfloat16 (else float16): int8 ones follow the hidden states."""
-    return (dtype if p.table.dtype == torch.int8 else p.table.dtype) == torch.bfloat16
-
-
-def format_constants(p: PreparedProjection, dtype: torch.dtype) -> dict[str, int | bool]:
-    """The arguments that every kernel which reads codes takes; dtype: of the hidden states."""
-    bf16 = _bf16(p, dtype)
+def format_constants(p: PreparedProjection) -> dict[str, int | bool]:
+    """The arguments that every kernel which reads codes takes."""
     return {
-        "mask": 0x007F007F,
-        "magic": 0x43004300 if bf16 else 0x64006400,  # pairs of 128 or 1024, whose last bit counts one
         "N": p.out_features,
         "K": p.in_features,
         "D": p.vector_dim,
@@ -93,7 +93,6 @@ def format_constants(p: PreparedProjection, dtype: torch.dtype) -> dict[str, int
         "TABLES": p.num_tables,
         "PLANE": p.plane,
         "WIDE": p.wide,
-        "INT8": p.table.dtype == torch.int8,
         "SIGNED": p.signed,
         "BITS": p.trellis_bits,
         "ROW_BYTES": p.row_bytes,
@@ -101,7 +100,7 @@ def format_constants(p: PreparedProjection, dtype: torch.dtype) -> dict[str, int
         "SCALE": p.scale is not None,
         "RANK": p.rank,
         "FACTOR_SCALE": p.factor_scale is not None,
-        "BF16": bf16,
+        "BF16": p.table.dtype == torch.bfloat16,
     }
 
 
@@ -132,34 +131,57 @@ def low_rank(x: Tensor, p: PreparedProjection) -> Tensor:
     return out
 
 
+def _words(p: PreparedProjection) -> Tensor:
+    """What grouped_kernel and dequantize_kernel look up: the levels of a trellis code one by one."""
+    return p.words.view(p.table.dtype) if p.trellis_bits else p.words
+
+
 def decodes(p: PreparedProjection, dtype: torch.dtype) -> bool:
-    """If decode_kernel serves the projection: vectors of 4 or 8, codewords and hidden states of one 16-bit type."""
-    same = p.table.dtype == dtype or (p.table.dtype == torch.int8 and dtype in (torch.bfloat16, torch.float16))
-    return p.vector_dim in (4, 8) and same
+    """If decode_kernel or trellis_kernel serve the projection: rows of x start at multiples of 8 bytes, codewords and
+    hidden states are of one 16-bit type; half the rows of a trellis code, where those of `up` begin, fill blocks of 64.
+    """
+    whole = p.out_features % 128 == 0 or not p.trellis_bits
+    return whole and p.in_features % 4 == 0 and p.table.dtype == dtype
 
 
-def decode_blocks(
-    p: PreparedProjection, width: int, num_blocks: int, block_m: int, compute_capability: tuple[int, int]
-) -> dict[str, int]:
-    """Tile of decode_kernel: WARPS warps split the columns of BLOCK_N rows and take LENGTH code words a lane at a time.
+def table_copies(p: PreparedProjection, limit: int) -> int:
+    """Copies of the tables that a program makes in `limit` bytes of shared memory; 0: it reads them through the L1
+    cache. More than one for each lane that a load serves at a time would be of no use. Tables of rq-moe and of 4096
+    codewords have no room for several, and one is no faster there than in the cache."""
+    entry = 2 * p.vector_dim
+    if p.trellis_bits or p.wide or p.num_groups > 1:
+        return 0
+    copies = min(limit // (p.num_tables * p.codebook_size * entry), 128 // entry)
+    return 1 << copies.bit_length() - 1 if copies > 1 else 0
+
+
+def decode_blocks(p: PreparedProjection, width: int, num_blocks: int, block_m: int) -> dict[str, int]:
+    """Tile of decode_kernel: a warp has BLOCK_N rows and takes LENGTH code words a lane at a time; see there.
 
     width: rows that the launch covers, a gate and its up row for one. num_blocks: of pairs. BLOCK_N is 64, so that
-    more rows share the loads of several tokens' x, where that fills the card; more warps where 32 would not. Several
-    stages need registers for their codes, and before compute capability 9 bfloat16 arithmetic needs them.
-    The widest loads that leave at most 1/8 of the last step idle.
+    more rows share the loads of several tokens' x, where that fills the card; warps split the columns where 32 would
+    not. Several stages and several tiles of tokens need registers. The widest loads that leave at most 1/8 of the last
+    step idle. Four warps share copies of the tables.
     """
-    words = p.plane // 4
     rows = width * 2 if width < p.out_features else width
+    if p.trellis_bits:
+        programs = rows // 64 * num_blocks
+        split = 2 if programs < FULL_CARD else 1
+        return {"BLOCK_N": 64, "WARPS": 4, "ROW_WARPS": 4 // split, "COPIES": 32, "num_warps": 4}
+    words = p.plane // 4
     block_n = 32 if p.num_stages == 1 else 16
-    lengths = (4, 2) if compute_capability >= (9, 0) else (2,)
+    lengths = (2,) if p.wide and block_m > 16 else (4, 2)
     if p.num_stages == 1 and 1 < block_m <= 16 and rows // 64 * num_blocks >= FULL_CARD:
         block_n, lengths = 64, (2,)
     programs = rows // block_n * num_blocks
     spread = 4 if programs < FULL_CARD // 2 else 2 if programs < FULL_CARD else 1
-    options = [(warps, length) for warps in (4, 2, 1) if warps <= spread for length in lengths]
+    options = [(split, length) for split in (4, 2, 1) if split <= spread for length in lengths]
     fitting = [o for o in options if -(-words // (4 * o[0] * o[1])) * 4 * o[0] * o[1] * 8 <= words * 9]
-    warps, length = (fitting or [(1, 2)])[0]
-    return {"BLOCK_N": block_n, "WARPS": warps, "LENGTH": length, "num_warps": warps}
+    split, length = (fitting or [(1, 2)])[0]
+    copies = table_copies(p, DECODE_TABLES)
+    warps = 4 if copies else split
+    tile = {"BLOCK_N": block_n, "WARPS": warps, "ROW_WARPS": warps // split, "LENGTH": length}
+    return tile | {"COPIES": copies, "num_warps": warps}
 
 
 def decode_block_m(tokens_per_expert: float) -> int:
@@ -187,14 +209,15 @@ def decode(
     c, aligned = p.codes, sorted_pairs is not None
     width = p.out_features // 2 if gated else p.out_features
     num_blocks = experts.numel() if aligned else num_pairs
-    tile = decode_blocks(p, width, num_blocks, block_m if aligned else 1, capability(x))
-    kernels.decode_kernel[(triton.cdiv(width, tile["BLOCK_N"] // (2 if gated else 1)), num_blocks)](
-        x.view(torch.int32),
+    tile = decode_blocks(p, width, num_blocks, block_m if aligned else 1)
+    rows = tile["BLOCK_N"] * tile["ROW_WARPS"] // (2 if gated else 1)
+    kernel = kernels.trellis_kernel if p.trellis_bits else kernels.decode_kernel
+    kernel[(triton.cdiv(width, rows), num_blocks)](
+        x,
         low,
         _or(experts, x),
         _or(sorted_pairs, x),
-        c.view(torch.int32),
-        c.view(torch.int16),
+        c,
         p.words,
         _or(p.groups, c),
         _or(p.scale, c),
@@ -210,12 +233,11 @@ def decode(
         ALIGNED=aligned,
         ROUTED=experts is not None,
         ACTIVATION=activation or "relu",
-        FLOAT32=_interpreted(),
         BLOCK_M=block_m,
-        BLOCK_R=max(16, power_of_2(p.rank)),
+        BLOCK_R=LOW_RANK_STEP,
         num_stages=1,
         **tile,
-        **format_constants(p, x.dtype),
+        **format_constants(p),
     )
 
 
@@ -273,13 +295,15 @@ def grouped(
     rows = blocks["BLOCK_N"] // 2 if gated else blocks["BLOCK_N"]
     # A trellis code takes many registers per weight: Triton 3.7 would spill some of a larger tile.
     block_k = min(32, blocks["BLOCK_K"]) if p.trellis_bits else blocks["BLOCK_K"]
+    # On Hopper the largest tile takes more than 48 KiB, which makes room for the tables too.
+    tables = DECODE_TABLES if capability(x)[0] == 9 and blocks["BLOCK_M"] == 128 else GROUPED_TABLES
     kernels.grouped_kernel[(triton.cdiv(width, rows), block_experts.numel())](
         x,
         low,
         sorted_pairs,
         block_experts,
         p.codes,
-        p.words,
+        _words(p),
         _or(p.groups, x),
         _or(p.scale, x),
         _or(p.bias, x),
@@ -293,13 +317,14 @@ def grouped(
         ACTIVATION=activation or "relu",
         FLOAT32=x.dtype == torch.float32 or _interpreted(),
         BLACKWELL=capability(x) >= (10, 0),
+        COPIES=table_copies(p, tables),
         BLOCK_M=blocks["BLOCK_M"],
         BLOCK_N=blocks["BLOCK_N"],
         BLOCK_V=max(8, min(block_k // p.vector_dim, power_of_2(p.num_vectors))),
-        BLOCK_R=max(16, power_of_2(p.rank)),
+        BLOCK_R=LOW_RANK_STEP,
         num_warps=blocks["num_warps"],
         num_stages=1,
-        **format_constants(p, x.dtype),
+        **format_constants(p),
     )
 
 
@@ -342,7 +367,7 @@ def dequantize(p: PreparedProjection, out: Tensor) -> None:
     grid = (triton.cdiv(p.out_features, block_n), triton.cdiv(p.num_vectors, block_v), p.num_experts)
     kernels.dequantize_kernel[grid](
         p.codes,
-        p.words,
+        _words(p),
         _or(p.groups, out),
         _or(p.scale, out),
         _or(p.basis, out),
@@ -353,7 +378,7 @@ def dequantize(p: PreparedProjection, out: Tensor) -> None:
         BLOCK_V=block_v,
         BLOCK_R=max(16, power_of_2(p.rank)),
         num_warps=4,
-        **format_constants(p, torch.float16),
+        **format_constants(p),
     )
 
 
@@ -376,6 +401,8 @@ def moe_forward(
 ) -> Tensor:
     """The mixture [T, H]; path: one of `select_path`'s, None to let it choose."""
     x = x.contiguous()
+    if not x.is_meta and x.data_ptr() % 16:
+        x = x.clone()
     num_tokens = x.shape[0]
     top_k = 1 if experts is None else experts.shape[1]
     num_experts, intermediate = gate_up_proj.num_experts, down_proj.in_features

@@ -68,20 +68,24 @@ def supports(
 
 
 def slower_than_bf16(
-    *, codebook: str, vector_dim: int, codebook_size: int, num_stages: int = 1, device_type: str = "cuda", **_: object
+    *,
+    codebook: str,
+    codebook_size: int,
+    num_stages: int = 1,
+    num_groups: int = 1,
+    device_type: str = "cuda",
+    **_: object,
 ) -> str | None:
     """Why this served format is expected to decode no faster than bfloat16 weights, or more slowly, else None.
 
     On CUDA from the ceilings in README.md, which were computed, not timed; on CPU from timings there.
     """
-    if codebook == "trellis":
-        return "a trellis code costs one table lookup and a window of bits per weight"
     if device_type == "cpu":
-        return None
-    if num_stages >= 2:
-        return f"{num_stages} stages of {codebook_size} codewords cost too many table lookups"
-    if vector_dim == 2:
-        return "vectors of 2 cost two table lookups for every four weights, and decode through shared memory"
+        return (
+            "a trellis code costs one table lookup and a window of bits per weight" if codebook == "trellis" else None
+        )
+    if num_stages >= 3 or (num_stages == 2 and (codebook_size > 256 or num_groups > 1)):
+        return f"{num_stages} stages of {num_groups * codebook_size} codewords cost too many table lookups"
     return None
 
 
@@ -97,10 +101,10 @@ class PreparedProjection:
     codes: uint8 [E, N, row_bytes]; per stage `plane` low bytes, then for 12-bit codes `plane / 2` bytes of
         nibbles; then for signed codes `plane * vector_dim / 8` bytes of signs. `plane` is the number of vectors
         rounded up so that every plane starts at a multiple of 16 bytes. Trellis: [E, K, N * bits / 8], as stored.
-    table: codewords [1 or E, num_tables, codebook_size, vector_dim]; on CPU float32; on CUDA int8 where one table of
-        vectors of 4 or 8 is stored so, else bfloat16 or float16. Trellis: the value of each state, [1, 1, 4096, 1].
+    table: codewords [1 or E, num_tables, codebook_size, vector_dim]; on CPU float32; on CUDA bfloat16 or float16, the
+        integers themselves where they are stored in int8. Trellis: the value of each state, [1, 1, 4096, 1].
     words: what the kernels look up on CUDA, made by `table_words`: int32 or int64 [1 or E, num_tables, words per
-        codeword, codebook_size]; trellis: its 256 levels, in a 16-bit float. None on CPU.
+        codeword, codebook_size]; trellis: its 256 levels, each as two equal 16-bit floats, int32 [256]. None on CPU.
     groups: uint8 [1 or E, codebook_size], the group of each codeword of stage 0, or None.
     scale: [E, N] float16, or float32 where the scale of an int8 table is part of it, or None. bias: float16 or None.
     basis: [rank, K], coefficients: [E, N, rank], both float16 or both int8, or None.
@@ -180,16 +184,8 @@ class PreparedProjection:
 
 
 def table_words(table: Tensor) -> Tensor:
-    """`PreparedProjection.words` of a table of 8- or 16-bit codewords.
-
-    int8 values become sign and magnitude, and of every four the inner two change places: a mask then isolates values
-    0 and 1, or after a shift by 8 values 2 and 3, each in its half of an int32.
-    """
-    if table.dtype == torch.int8:
-        magnitude = table.short().abs() | (table < 0).short() << 7
-        table = magnitude.to(torch.uint8).unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(-3).contiguous()
-    size = min(8, table.shape[-1] * table.element_size())
-    words = table.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+    """`PreparedProjection.words` of a table of 16-bit codewords."""
+    words = table.view(torch.int64 if table.shape[-1] >= 4 else torch.int32)
     return words.transpose(-1, -2).contiguous()
 
 
@@ -257,9 +253,9 @@ def prepare(
     on_cpu = device_type == "cpu"
     reason = slower_than_bf16(
         codebook=codebook,
-        vector_dim=vector_dim,
         codebook_size=codebook_size,
         num_stages=num_stages,
+        num_groups=num_groups,
         device_type=device_type,
     )
     if reason and device_type != "meta":
@@ -276,7 +272,9 @@ def prepare(
         bits, plane = codebook_size.bit_length() - 1, 0
         codes = _aligned_codes(codes, 0, 0, 1, False, 0)
         table = trellis_codewords(bits).to(codes.device, word)[None, None, :, None]
-        words = None if on_cpu else trellis_levels().to(codes.device, word)
+        words = (
+            None if on_cpu else trellis_levels().to(codes.device, word)[:, None].repeat(1, 2).view(torch.int32)[:, 0]
+        )
     else:
         bits, num_vectors = 0, in_features // vector_dim
         unit = 128 // vector_dim if signed else 32 if codebook_size > 256 else 16
@@ -291,8 +289,7 @@ def prepare(
         else:
             moved = stored["codebook_scale"], codes.shape[:2], scale, factor_scale, rank
             scale, factor_scale, relative = _moved_scales(*moved)
-            if table.shape[1] > 1 or vector_dim == 2:
-                table = (table * relative[..., None, None]).to(word)
+            table = (table * relative[..., None, None]).to(word)
         words = None if on_cpu else table_words(table)
     return PreparedProjection(
         codes,

@@ -17,6 +17,7 @@ import traceback
 os.environ["TRITON_INTERPRET"] = "1"
 
 import baselines  # noqa: E402
+import ptx_emulator  # noqa: E402
 import torch  # noqa: E402
 from packed_case import random_projection, random_routing  # noqa: E402
 
@@ -48,6 +49,9 @@ MOE_CASES = {
         SIGNED4 | {"per_expert": True, "rank": 3, "has_scale": False},
     ),
     "pairs-signed-exact-bf16": ("pairs", BF16, 3, 512, 256, 2, 2, "silu", SIGNED8, SIGNED4),
+    "pairs-d2": (
+        "pairs", BF16, 3, 44, 24, 2, 2, "silu", {"vector_dim": 2, "codebook_dtype": "int8"}, {"vector_dim": 2},
+    ),
     "blocks-signed-16": (
         "blocks", HALF, 3, 72, 40, 13, 3, "relu", SIGNED4 | {"rank": 2}, {"signed": True, "vector_dim": 8},
     ),
@@ -55,6 +59,18 @@ MOE_CASES = {
     "blocks-rq-moe-12bit": (
         "blocks", BF16, 3, 48, 32, 4, 2, "silu", RQ_MOE | {"num_stages": 2, "codebook_size": 4096},
         {"codebook_dtype": "int8", "vector_dim": 8, "per_expert": True},
+    ),
+    "pairs-trellis": (
+        "pairs", BF16, 2, 128, 64, 2, 2, "silu", {"codebook": "trellis", "codebook_size": 4, "rank": 2},
+        {"codebook": "trellis", "codebook_size": 16},
+    ),
+    "blocks-trellis": (
+        "blocks", HALF, 3, 256, 192, 9, 2, "silu", {"codebook": "trellis", "codebook_size": 16},
+        {"codebook": "trellis", "codebook_size": 2, "per_expert": False},
+    ),
+    "pairs-trellis-3": (
+        "pairs", HALF, 2, 256, 128, 2, 1, "relu", {"codebook": "trellis", "codebook_size": 8},
+        {"codebook": "trellis", "codebook_size": 8},
     ),
     "grouped-d4": ("grouped", HALF, 5, 52, 28, 9, 3, "silu", FULL, FULL),
     "grouped-d8-rq2-12bit-bf16": (
@@ -206,6 +222,7 @@ CASES = {name: (lambda a=a: moe_case(*a)) for name, a in MOE_CASES.items()} | {
 
 
 def main() -> None:
+    ptx_emulator.install()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     results = {}

@@ -18,22 +18,25 @@ with warnings.catch_warnings():
 KERNELS = (
     "low_rank_kernel",
     "decode_kernel",
+    "trellis_kernel",
     "dequantize_kernel",
     "align_kernel",
     "grouped_kernel",
     "combine_kernel",
 )
 BENCH = Path(__file__).parents[2] / "kernels/bench"
+LARGEST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes of shared memory a program may have, by compute capability (CUDA programming guide)."""
 QWEN3 = {"hidden": 2048, "intermediate": 768}
 DEFAULT = aot.FORMATS["signed d8 int8 low-rank"]
 
 
 def _cases(name: str, capability: int) -> list[aot.Case]:
-    """What the tests compile of a format for a card: on sm_90 each kernel that serves it, and for other cards the
-    first; of the defaults each kernel for each card. decode_kernel once: int8 codebooks with gate and up fused."""
-    paths = aot.paths(name)
-    if name not in aot.DEFAULTS and "pairs" in paths:
-        paths.remove("pairs" if "int8" in name else "blocks")
+    """What the tests compile of a format for a card: on sm_90 every path, for others the first; of the defaults every
+    path for each. Of pairs and blocks one: int8 codebooks with gate and up fused."""
+    paths = ["pairs", "blocks", "grouped", "scratch"]
+    if name not in aot.DEFAULTS:
+        paths.remove("pairs" if "int8" in name or "trellis" in name else "blocks")
     if name not in aot.DEFAULTS and capability != 90:
         paths = paths[:1]
     return [aot.Case(name, path, capability) for path in paths]
@@ -53,24 +56,33 @@ def compiled(request):
 
 
 def check_code(entry: aot.Launch, code: aot.MachineCode, capability: int) -> None:
-    """No spills; tensor cores; in SASS, the loads of codes are those marked evict-first (.EF).
+    """No spills; tensor cores; no more shared memory than a launch gets; the decode loop stays in registers.
 
-    decode_kernel: codes come in 8 bytes or more a lane, half of that for nibbles and for signs of vectors of 4, and
-    weights never go through shared memory inside the loop; but for grouped tables, with which Triton 3.7 takes them
-    there (3.9 does not): a format that is announced as slow.
+    Triton asks for more than 48 KiB when its own part exceeds that, not for the copies of the tables besides.
+    decode_kernel: codes come in 8 bytes or more a lane (in SASS, the loads marked evict-first, .EF), half of that for
+    nibbles and for signs of vectors of 4. In its loop and trellis_kernel's shared memory serves the lookups alone, one
+    load for each codeword, and nothing is exchanged between lanes: Triton found no layout to convert.
     """
     kernel = entry.kernel.fn.__name__
     assert code.spilled == 0, f"{kernel} sm_{capability}: {code.spilled} bytes spilled, {code.registers} registers"
+    total = code.shared_memory + code.tables
+    assert total <= 48 << 10 or 48 << 10 < code.shared_memory and total <= LARGEST_SHARED[capability], total
     opcodes = "\n".join(code.instructions)
-    if kernel in ("decode_kernel", "grouped_kernel"):
+    if kernel in ("decode_kernel", "trellis_kernel", "grouped_kernel"):
         assert re.search(r"HGMMA|HMMA|UTC\w*MMA", opcodes), f"{kernel}: no tensor-core instruction"
-    if kernel == "decode_kernel" and capability == 90:
+    if kernel not in ("decode_kernel", "trellis_kernel"):
+        return
+    a = entry.arguments
+    if capability == 90 and kernel == "decode_kernel":
         assert re.search(r"LDG\.E\.EF\.(64|128)$", opcodes, re.M), opcodes
         assert not re.search(r"LDG\.E\.EF\.(U16|U8)$", opcodes, re.M), opcodes
-        looped = (
-            entry.arguments["K"] > 2048 and entry.arguments["GROUPS"] == 1
-        )  # shorter rows may take one step, with no loop to look at
-        assert not (looped and [name for name in code.loop if re.match(r"STS|LDS|STSM", name)]), code.loop
+    split = a["WARPS"] // a["ROW_WARPS"]
+    steps = a["K"] / (32 * split) if kernel == "trellis_kernel" else a["PLANE"] / (16 * split * a["LENGTH"])
+    if steps > 1:  # else there is no loop to look at
+        assert not [name for name in code.loop if re.match(r"STS|STSM|SHFL|LDSM", name)], code.loop
+        loads = sum(count for name, count in code.loop.items() if name.startswith("LDS"))
+        lookups = aot.weights_per_pass(entry) / 32 * a["STAGES"] / a["D"]
+        assert loads == (lookups if a["COPIES"] else 0), code.loop
 
 
 def check_launch(entry: aot.Launch, capability: int) -> None:
@@ -86,9 +98,10 @@ def _quiet():
 
 def test_the_paths_launch_every_kernel():
     entries = [entry for path in ("pairs", "blocks", "grouped", "scratch") for entry in aot.launches(path, 64, DEFAULT)]
+    entries += aot.launches("pairs", 1, aot.FORMATS["trellis 2 bits"])
     names = {entry.kernel.fn.__name__ for entry in entries}
     jitted = {name for name, k in vars(triton_kernels).items() if isinstance(k, triton_kernels.triton.JITFunction)}
-    assert names == set(KERNELS) == {name for name in jitted if not name.startswith("_")}
+    assert names == set(KERNELS) == {name for name in jitted if name.endswith("_kernel")}
 
 
 @pytest.mark.parametrize("capability", aot.TARGETS)
@@ -106,6 +119,13 @@ def test_the_other_kernels_compile_for_every_target(capability):
     for entry in aot.launches("blocks", 64, DEFAULT, capability=capability):
         if "words_ptr" not in entry.arguments:
             check_launch(entry, capability)
+
+
+@pytest.mark.parametrize("tokens", [64, 200])
+def test_every_tile_of_grouped_kernel_fits(tokens):
+    check_launch(
+        [e for e in aot.launches("grouped", tokens, DEFAULT, capability=89) if "words_ptr" in e.arguments][0], 89
+    )
 
 
 @pytest.mark.parametrize("path", ["pairs", "grouped"])
@@ -143,6 +163,15 @@ def test_benchmark_baselines_compile(monkeypatch):
         baselines.lookup_kernel[(8,)](
             empty(512, dtype=torch.int64), empty(2048, dtype=torch.int64), ENTRIES=256, WORDS=2, REPEAT=4, BLOCK=256
         )
-    assert len(recorded) == 5
+        for vector_dim in (4, 8):
+            baselines.shared_lookup_kernel[(8,)](
+                empty(512, dtype=torch.int64),
+                empty(2048, dtype=torch.int64),
+                D=vector_dim,
+                COPIES=8,
+                REPEAT=4,
+                BLOCK=256,
+            )
+    assert len(recorded) == 7
     for entry in recorded:
         assert aot.inspect(aot.compile_launch(entry, 90)).spilled == 0, entry.kernel.fn.__name__

@@ -217,9 +217,12 @@ def test_slower_formats_are_named_once(caplog):
             for device_type in ("cpu", "cuda"):
                 prepare(tensors, **fields, device_type=device_type)
         prepare(three_stages[0], **three_stages[1], device_type="cuda")
-    assert [record.args[0] for record in caplog.records] == ["cpu", "cuda", "cuda"]
+    assert [record.args[0] for record in caplog.records] == ["cpu", "cuda"]
     assert "3 stages" in caplog.text and slower_than_bf16(**default[1]) is None
-    assert "vectors of 2" in slower_than_bf16(codebook="vq", vector_dim=2, codebook_size=256)
+    two_stages = {"codebook": "rq", "num_stages": 2, "codebook_size": 256}
+    assert slower_than_bf16(**two_stages) is None
+    assert "4096 codewords" in slower_than_bf16(**two_stages | {"codebook_size": 4096})
+    assert "2048 codewords" in slower_than_bf16(**two_stages | {"codebook": "rq-moe", "num_groups": 8})
 
 
 def test_damaged_codebooks_are_refused():
