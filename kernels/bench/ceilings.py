@@ -71,15 +71,16 @@ def l1_cycles(code: CodeFormat, tokens: float, entry: aot.Launch, compiled: aot.
     every other load and store of the loop at 128 bytes a cycle. A load of x in decode_kernel touches four lines for
     each of its `tokens`, at four tags a cycle; 0 tokens: grouped_kernel.
     """
-    a, copies = entry.arguments, entry.arguments["COPIES"]
-    lookups = 1.0 if code.codebook == "trellis" else code.num_stages / code.vector_dim
-    size = 2 if code.codebook == "trellis" else 2 * code.vector_dim
+    a, copies, trellis = entry.arguments, entry.arguments["COPIES"], code.codebook == "trellis"
+    lookups = 1.0 if trellis else code.num_stages / code.vector_dim
+    entries = 256 if trellis else code.codebook_size
     if copies:
-        cycles = lookups * shared_lookup_cycles(size, code.codebook_size, copies) / 32
+        size = 4 if trellis else 2 * code.vector_dim
+        cycles = lookups * shared_lookup_cycles(size, entries, copies) / 32
         rows = a["BLOCK_N"] * a.get("ROW_WARPS", 1)
-        cycles += a["TABLES"] * code.codebook_size * copies * size / 128 / (rows * a["K"])
+        cycles += a["TABLES"] * entries * copies * size / 128 / (rows * a["K"])
     else:
-        entries = 256 if code.codebook == "trellis" else code.codebook_size
+        size = 2 if trellis else 2 * code.vector_dim
         cycles = lookups * cached_lookup_cycles(size, min(8, size), entries) / 32
     if code.num_groups > 1:
         cycles += (code.num_stages - 1) / code.vector_dim * cached_lookup_cycles(1, 1, 256) / 32
@@ -91,6 +92,8 @@ def l1_cycles(code: CodeFormat, tokens: float, entry: aot.Launch, compiled: aot.
         each = 4 if "128" in parts or parts[-1] == "4" else 2 if "64" in parts else 1
         if parts[0] == "LDG" and "EF" not in parts and tokens:
             each = tokens
+        elif parts[0] == "LDG" and trellis:
+            each = 1  # four columns, the same for the lanes of all rows
         other += count * each
     if copies:  # the lookups are among these loads
         other -= lookups * weights / 32 * max(1, size // 4)
@@ -118,10 +121,7 @@ def down_projection(code: CodeFormat, shape: ExpertShape, path: str, tokens: int
     with aot.record(90) as recorded:
         launch.moe_forward(x, index, weights, *projections, "silu", path)
     entry = next(r for r in recorded if "words_ptr" in r.arguments and not r.arguments["GATED"])
-    a = entry.arguments
-    if path == "grouped":
-        return entry, a["BLOCK_N"] * a["BLOCK_V"] * a["D"] / entry.options["num_warps"]
-    return entry, a["BLOCK_N"] * a["LENGTH"] * 16 * a["D"]
+    return entry, aot.weights_per_pass(entry)
 
 
 def main() -> None:
@@ -137,7 +137,7 @@ def main() -> None:
             entry, weights = found
             compiled = aot.inspect(aot.compile_launch(entry, 90))
             per_weight = sum(compiled.loop.values()) / weights
-            lookups = code.num_stages / code.vector_dim
+            lookups = 1 if code.codebook == "trellis" else code.num_stages / code.vector_dim
             hbm = 16 / code.bits
             table = SM_COUNT * CLOCK_HZ / l1_cycles(code, tokens, entry, compiled, weights) / BF16_WEIGHTS_PER_S
             issue = SM_COUNT * 4 * CLOCK_HZ / per_weight / BF16_WEIGHTS_PER_S

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kbvq_kernels import launch, triton_kernels
+from kbvq_kernels import decode_kernels, launch, routing_kernels, tile_kernels
 from kbvq_kernels.prepared import PreparedProjection, prepare
 
 TARGETS = (80, 89, 90, 100)
 """Compute capabilities of the cards that users have: A100, RTX 4090 / L40, H100 / H200, B200."""
+
+KERNEL_MODULES = (decode_kernels, routing_kernels, tile_kernels)
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {
@@ -138,21 +140,27 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def record(capability: int = 90, module: ModuleType = triton_kernels) -> Iterator[list[Launch]]:
-    """Within the block, launchers find a card of this compute capability (90 = sm_90), but the module's kernels
+def record(capability: int = 90, modules: Sequence[ModuleType] = KERNEL_MODULES) -> Iterator[list[Launch]]:
+    """Within the block, launchers find a card of this compute capability (90 = sm_90), but the modules' kernels
     are not run: their launches are collected in the list that is yielded."""
-    kernels = {name: k for name, k in vars(module).items() if isinstance(k, triton.JITFunction)}
+    kernels = [(module, name, k) for module in modules for name, k in kernels_of(module).items()]
     launches: list[Launch] = []
     replaced = launch._interpreted, launch.capability
-    for name, kernel in kernels.items():
+    for module, name, kernel in kernels:
         setattr(module, name, _Recorder(kernel, launches))
     launch._interpreted, launch.capability = lambda: False, lambda x: divmod(capability, 10)
     try:
         yield launches
     finally:
         launch._interpreted, launch.capability = replaced
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, kernel)
+
+
+def kernels_of(module: ModuleType) -> dict[str, triton.JITFunction]:
+    """What the module launches, by name; the other functions for the GPU are parts of these."""
+    jitted = {name: k for name, k in vars(module).items() if isinstance(k, triton.JITFunction)}
+    return {name: kernel for name, kernel in jitted.items() if name.endswith("_kernel")}
 
 
 def compile_launch(entry: Launch, capability: int) -> triton.compiler.CompiledKernel:
@@ -164,6 +172,8 @@ def compile_launch(entry: Launch, capability: int) -> triton.compiler.CompiledKe
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif value == 1:  # as Triton specializes it at run time
+            signature[parameter.name], constants[(i,)] = "constexpr", value
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0:

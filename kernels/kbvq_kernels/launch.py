@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kbvq_kernels import triton_kernels as kernels
+from kbvq_kernels import decode_kernels, routing_kernels, tile_kernels
 from kbvq_kernels.prepared import PreparedProjection
 from kbvq_kernels.reference import ACTIVATIONS
 
@@ -117,7 +117,7 @@ def low_rank(x: Tensor, p: PreparedProjection) -> Tensor:
     out = torch.empty(rows, p.rank, dtype=torch.float32, device=x.device)
     bf16 = x.dtype == torch.bfloat16
     block_r = 4
-    kernels.low_rank_kernel[(rows, triton.cdiv(p.rank, block_r))](
+    routing_kernels.low_rank_kernel[(rows, triton.cdiv(p.rank, block_r))](
         x.view(torch.int16) if bf16 else x,
         p.basis,
         out,
@@ -170,7 +170,7 @@ def decode_blocks(p: PreparedProjection, width: int, num_blocks: int, block_m: i
         return {"BLOCK_N": 64, "WARPS": 4, "ROW_WARPS": 4 // split, "COPIES": 32, "num_warps": 4}
     words = p.plane // 4
     block_n = 32 if p.num_stages == 1 else 16
-    lengths = (2,) if p.wide and block_m > 16 else (4, 2)
+    lengths = (2,) if block_m > 16 else (4, 2)
     if p.num_stages == 1 and 1 < block_m <= 16 and rows // 64 * num_blocks >= FULL_CARD:
         block_n, lengths = 64, (2,)
     programs = rows // block_n * num_blocks
@@ -211,7 +211,7 @@ def decode(
     num_blocks = experts.numel() if aligned else num_pairs
     tile = decode_blocks(p, width, num_blocks, block_m if aligned else 1)
     rows = tile["BLOCK_N"] * tile["ROW_WARPS"] // (2 if gated else 1)
-    kernel = kernels.trellis_kernel if p.trellis_bits else kernels.decode_kernel
+    kernel = decode_kernels.trellis_kernel if p.trellis_bits else decode_kernels.decode_kernel
     kernel[(triton.cdiv(width, rows), num_blocks)](
         x,
         low,
@@ -251,7 +251,7 @@ def align(experts: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tens
 
     sorted_pairs, block_experts = empty(max_blocks * block_m), empty(max_blocks)
     ends, slots = empty(num_experts), empty(num_pairs)
-    kernels.align_kernel[(num_experts + 1,)](
+    routing_kernels.align_kernel[(num_experts + 1,)](
         experts,
         sorted_pairs,
         block_experts,
@@ -297,7 +297,7 @@ def grouped(
     block_k = min(32, blocks["BLOCK_K"]) if p.trellis_bits else blocks["BLOCK_K"]
     # On Hopper the largest tile takes more than 48 KiB, which makes room for the tables too.
     tables = DECODE_TABLES if capability(x)[0] == 9 and blocks["BLOCK_M"] == 128 else GROUPED_TABLES
-    kernels.grouped_kernel[(triton.cdiv(width, rows), block_experts.numel())](
+    tile_kernels.grouped_kernel[(triton.cdiv(width, rows), block_experts.numel())](
         x,
         low,
         sorted_pairs,
@@ -335,7 +335,7 @@ def capability(x: Tensor) -> tuple[int, int]:
 
 def _interpreted() -> bool:
     """The Triton interpreter computes bfloat16 products wrongly: there everything runs in float32."""
-    return not isinstance(kernels.grouped_kernel, triton.JITFunction)
+    return not isinstance(tile_kernels.grouped_kernel, triton.JITFunction)
 
 
 def combine(rows: Tensor, slots: Tensor | None, experts: Tensor, weights: Tensor, num_experts: int, y: Tensor) -> None:
@@ -344,7 +344,7 @@ def combine(rows: Tensor, slots: Tensor | None, experts: Tensor, weights: Tensor
     block_j = power_of_2(top_k)
     block_n = min(max(128, 2048 // block_j), power_of_2(y.shape[1]))
     bf16 = rows.dtype == torch.bfloat16
-    kernels.combine_kernel[(triton.cdiv(y.shape[1], block_n), num_tokens)](
+    routing_kernels.combine_kernel[(triton.cdiv(y.shape[1], block_n), num_tokens)](
         rows.view(torch.int16) if bf16 else rows,
         _or(slots, experts),
         experts,
@@ -365,7 +365,7 @@ def dequantize(p: PreparedProjection, out: Tensor) -> None:
     """Fill out [E, N, K], any float dtype, with the stored weights."""
     block_n, block_v = 32, 128 if p.trellis_bits else 16
     grid = (triton.cdiv(p.out_features, block_n), triton.cdiv(p.num_vectors, block_v), p.num_experts)
-    kernels.dequantize_kernel[grid](
+    tile_kernels.dequantize_kernel[grid](
         p.codes,
         _words(p),
         _or(p.groups, out),

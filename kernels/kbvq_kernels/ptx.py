@@ -74,16 +74,24 @@ def load_words(address, predicate, N: tl.constexpr, KIND: tl.constexpr):
     KIND: "kept" in the L1 cache, "streamed" through it, or "loose": streamed, and anything where predicate is false.
     """
     arguments = [address, predicate.to(tl.int32)]
-    types: tl.constexpr = (tl.int32,) * N
     if N == 1:
         asm: tl.constexpr = _LOAD_1 if KIND == "kept" else _STREAM_1 if KIND == "streamed" else _LOOSE_1
         words = (tl.inline_asm_elementwise(asm, "=&r,l,r", arguments, dtype=tl.int32, is_pure=True, pack=1),)
     elif N == 2:
         asm: tl.constexpr = _LOAD_2 if KIND == "kept" else _STREAM_2 if KIND == "streamed" else _LOOSE_2
-        words = tl.inline_asm_elementwise(asm, "=&r,=&r,l,r", arguments, dtype=types, is_pure=True, pack=1)
+        words = tl.inline_asm_elementwise(
+            asm, "=&r,=&r,l,r", arguments, dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
     else:
         asm: tl.constexpr = _LOAD_4 if KIND == "kept" else _STREAM_4 if KIND == "streamed" else _LOOSE_4
-        words = tl.inline_asm_elementwise(asm, "=&r,=&r,=&r,=&r,l,r", arguments, dtype=types, is_pure=True, pack=1)
+        words = tl.inline_asm_elementwise(
+            asm,
+            "=&r,=&r,=&r,=&r,l,r",
+            arguments,
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
     return words
 
 
@@ -151,9 +159,8 @@ def shared_words(table, code, D: tl.constexpr, COPIES: tl.constexpr):
     """The two int64 words of codewords of 8, the one of 4 or the one int32 of 2, twice; table: address of the first."""
     arguments = [table, code, 2 * D * COPIES, COPIES - 1, 2 * D]
     if D == 8:
-        types: tl.constexpr = (tl.int64, tl.int64)
         word0, word1 = tl.inline_asm_elementwise(
-            _LOOKUP_8, "=l,=l,r,r,r,r,r", arguments, dtype=types, is_pure=True, pack=1
+            _LOOKUP_8, "=l,=l,r,r,r,r,r", arguments, dtype=(tl.int64, tl.int64), is_pure=True, pack=1
         )
     elif D == 4:
         word0 = tl.inline_asm_elementwise(_LOOKUP_4, "=l,r,r,r,r,r", arguments, dtype=tl.int64, is_pure=True, pack=1)

@@ -13,7 +13,7 @@ import torch
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
-    from kbvq_kernels import aot, launch, triton_kernels
+    from kbvq_kernels import aot, launch
 
 KERNELS = (
     "low_rank_kernel",
@@ -100,8 +100,7 @@ def test_the_paths_launch_every_kernel():
     entries = [entry for path in ("pairs", "blocks", "grouped", "scratch") for entry in aot.launches(path, 64, DEFAULT)]
     entries += aot.launches("pairs", 1, aot.FORMATS["trellis 2 bits"])
     names = {entry.kernel.fn.__name__ for entry in entries}
-    jitted = {name for name, k in vars(triton_kernels).items() if isinstance(k, triton_kernels.triton.JITFunction)}
-    assert names == set(KERNELS) == {name for name in jitted if name.endswith("_kernel")}
+    assert names == set(KERNELS) == {name for module in aot.KERNEL_MODULES for name in aot.kernels_of(module)}
 
 
 @pytest.mark.parametrize("capability", aot.TARGETS)
@@ -119,6 +118,17 @@ def test_the_other_kernels_compile_for_every_target(capability):
     for entry in aot.launches("blocks", 64, DEFAULT, capability=capability):
         if "words_ptr" not in entry.arguments:
             check_launch(entry, capability)
+
+
+@pytest.mark.parametrize("name", ["signed d8 int8 low-rank", "trellis 2 bits"])
+def test_a_single_token_of_a_shared_expert_compiles(name):
+    """No routing, and a number of pairs of one, which Triton makes a constant."""
+    bank = [aot.meta_projection(1, *size, torch.bfloat16, **aot.FORMATS[name]) for size in ((1536, 2048), (2048, 768))]
+    with aot.record() as recorded:
+        launch.moe_forward(torch.empty(1, 2048, dtype=torch.bfloat16, device="meta"), None, None, *bank, "silu")
+    assert recorded[-1].arguments["num_pairs"] == 1
+    for entry in recorded:
+        check_launch(entry, 90)
 
 
 @pytest.mark.parametrize("tokens", [64, 200])
@@ -157,7 +167,7 @@ def test_benchmark_baselines_compile(monkeypatch):
         (empty(16, n, k // 8, dtype=torch.int32), empty(16, n, k // baselines.INT4_GROUP, dtype=torch.float16))
         for n, k in ((1536, 2048), (2048, 768))
     ]
-    with aot.record(module=baselines) as recorded:
+    with aot.record(modules=[baselines]) as recorded:
         baselines.gemv_moe(empty(2, 2048), index, weights, empty(16, 1536, 2048), empty(16, 2048, 768))
         baselines.int4_moe(empty(2, 2048), index, weights, *int4)
         baselines.lookup_kernel[(8,)](
