@@ -16,7 +16,6 @@ decode stage by stage; identity refiners and z = 0 give plain residual quantizat
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -35,6 +34,9 @@ from kbvq.residual_quantization import fit_residual_codebooks
 FORMAT_VERSION = 1
 _METADATA_KEY = "kbvq_rq_moe"  # one JSON value: the order of several keys in the file is not defined
 _CHUNK_FLOATS = {"cpu": 1 << 19, "cuda": 1 << 27}  # activations held at once; on CPU they should stay in the cache
+
+_DECODING_BYTES = 1 << 26
+"""The decoder tabulates what is linear in the codes when the table is not larger: it has to be read from a cache."""
 
 
 class RQMoE(nn.Module):
@@ -258,61 +260,71 @@ class RQMoE(nn.Module):
             raise ConfigError(f"RQMoE.decode: codes are {list(codes.shape)}, expected [n, 1..{self.num_stages}]")
         limits = torch.iinfo(codes.dtype)
         if len(codes) and (limits.min < 0 or limits.max >= self.codebook_size):
-            if int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size:
+            lowest, highest = codes.aminmax()
+            if int(lowest) < 0 or int(highest) >= self.codebook_size:
                 raise ConfigError(
                     f"RQMoE.decode: codes must lie in 0..{self.codebook_size - 1}; they come from another quantizer"
                 )
         codes = codes.to(self.codebooks.device, torch.int64)
-        floats = codes.shape[1] * max(self.vector_dim, self.num_refiners * (self.refiner_width + 4))
-        parts = codes.split(max(1, _CHUNK_FLOATS[codes.device.type] // floats))
-        if self.conditioning == "instruction" and self.refiner_depth == 1 and codes.shape[1] > 1:
+        num_stages = codes.shape[1]
+        floats = num_stages * max(self.vector_dim, self.num_refiners * (self.refiner_width + 4))
+        parts = codes.split(max(1, 2 * _CHUNK_FLOATS[codes.device.type] // floats))
+        tabled = self.conditioning == "instruction" and self.refiner_depth == 1 and num_stages > 1
+        if tabled and self._decoding_bytes(num_stages) <= _DECODING_BYTES:
             decoded = [self._decode_by_tables(part) for part in parts]
         else:
-            decoded = [self._codewords(part)[0].sum(0) for part in parts]
-        return torch.cat(decoded) * self.scale + self.mean
+            decoded = [torch.addcmul(self.mean, self._codewords(part)[0].sum(0), self.scale) for part in parts]
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
     def _decode_by_tables(self, codes: Tensor) -> Tensor:
-        """Σ_m ĉ_m for depth 1 [n, d], with everything that is linear in the codes' table entries read from tables.
+        """Vectors of codes for depth 1 [n, d], with everything that is linear in the codes read from tables.
 
-        Σ_m ĉ_m = Σ_l V_l[k_l] + Σ_m B2 (g_m ⊙ ReLU(·)): the sum of all u is a sum of one table entry per stage, and
-        the first layer's output is a table entry plus one product with z.
+        The instructions are sums over the codes, so the first layer's outputs of all stages are too, and the sum of
+        all u as well: one table entry for each code, all of them added up. What is left is Σ_m B2 (g_m ⊙ ReLU(·)), one
+        product for all stages.
         """
-        sums, first_tables, first_of_instruction, out = self._decoding_tables(codes.shape[1])
-        size = self.codebook_size
-        offsets = torch.arange(codes.shape[1], device=codes.device) * size
-        rows = codes + offsets
-        total = F.embedding_bag(rows, sums, mode="sum")
-        rows = rows.T
-        instructions = F.embedding(rows[:-1], self.instructions.view(-1, self.vector_dim))
-        for before, after in itertools.pairwise(instructions):  # cumsum(0), which torch does not vectorise
-            after += before
-        first = F.embedding(rows[1:] - size, first_tables).baddbmm_(instructions, first_of_instruction)
-        gates, hidden = self._mixed_hidden(first, slice(0, codes.shape[1] - 1))
-        hidden *= gates[..., None]
-        return total + torch.bmm(hidden.flatten(2), out).sum(0)
+        table, out, offsets = self._decoding_tables(codes.shape[1])
+        later, refiners = codes.shape[1] - 1, self.num_refiners
+        units = 4 * refiners * later  # of the gates
+        summed = F.embedding_bag(codes + offsets, table, mode="sum")
+        total, first = summed[:, -self.vector_dim :], summed[:, : -self.vector_dim].relu_()
+        # softmax is vectorised over the inner dimension, which should therefore be the long one
+        logits = self.gate_out[:later] @ first[:, :units].unflatten(1, (later, -1)).permute(1, 2, 0)
+        gates = torch.softmax(logits, 1).flatten(0, 1).T  # [n, later * refiners]
+        hidden = first[:, units:]
+        hidden.unflatten(1, (later * refiners, -1)).mul_(gates[..., None])
+        return torch.addmm(total, hidden, out)
 
     def _decoding_tables(self, num_stages: int) -> tuple[Tensor, ...]:
-        """Tables for codes of that many stages, kept until a parameter changes."""
-        key = (num_stages, [(p.data_ptr(), p._version) for p in self.parameters()])
+        """(table [m · K, all first layers and d], B2 of all stages [·, d], first row of each code's table [m]) for
+        codes [n, m], kept until a parameter changes. Row j of code l holds what that code adds: to the gates' layer of
+        each stage, to the refiners', to the decoded vector, whose mean and scale are in the table and in B2."""
+        stored = (*self._parameters.values(), *self._buffers.values())
+        key = (num_stages, [(t.data_ptr(), t._version) for t in stored if t is not None])
         if self._decoder is None or self._decoder[0] != key:
-            later, dim = num_stages - 1, self.vector_dim
-            tables = self._projected_codebooks()[:later]
-            first_layer = self._first_layer()[:later]
+            later, dim, size = num_stages - 1, self.vector_dim, self.codebook_size
+            first_layer, own = self._first_layer()[:later], self._projected_codebooks()[:later]
             condition = self.projection[:later, :, dim:]
-            # a_l[k_l] reaches the u of every stage after l
-            passed_on = condition.flip(0).cumsum(0).flip(0)
-            sums = torch.cat([self.codebooks[:1], tables])
-            sums[:-1] += self.instructions[:later] @ passed_on.mT
-            self._decoder = (
-                key,
-                (
-                    sums.flatten(0, 1),
-                    (tables @ first_layer.mT).flatten(0, 1),
-                    (first_layer @ condition).mT.contiguous(),
-                    self.refiner_out[:later, 0].mT.flatten(1, 2).contiguous(),
-                ),
-            )
+            first = own.new_zeros(num_stages, size, later, first_layer.shape[1])
+            total = torch.cat([self.codebooks[:1], own])
+            for stage in range(later):  # stage + 1 of the codes: its own entry, and the instructions of those before
+                shift = self.instructions[: stage + 1] @ condition[stage].T
+                first[stage + 1, :, stage] += own[stage] @ first_layer[stage].T
+                first[: stage + 1, :, stage] += shift @ first_layer[stage].T
+                total[: stage + 1] += shift
+            total *= self.scale
+            total[0] += self.mean
+            gate_width = self.gate_in.shape[1]
+            parts = [first[..., :gate_width].flatten(2), first[..., gate_width:].flatten(2), total]
+            out = self.refiner_out[:later, 0].mT.flatten(0, 2) * self.scale
+            offsets = torch.arange(num_stages, device=own.device) * size
+            self._decoder = (key, (torch.cat(parts, 2).flatten(0, 1), out, offsets))
         return self._decoder[1]
+
+    def _decoding_bytes(self, num_stages: int) -> int:
+        """Of the table that `_decode_by_tables` needs."""
+        width = (num_stages - 1) * self.num_refiners * (4 + self.refiner_width) + self.vector_dim
+        return 4 * num_stages * self.codebook_size * width
 
     def _check_fitted(self) -> None:
         if float(self.scale) == 0:

@@ -10,6 +10,7 @@ from qinco import QINCo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kbvq import rq_moe
 from kbvq.errors import CheckpointError, ConfigError, NumericalError
 from kbvq.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
 from kbvq.rq_moe import RQMoE
@@ -78,7 +79,11 @@ def mean_error(model: RQMoE, vectors: torch.Tensor, **options: int) -> float:
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("conditioning", ["instruction", "reconstruction"])
-def test_decoding_in_parallel_equals_decoding_in_sequence(depth: int, conditioning: str) -> None:
+@pytest.mark.parametrize("table_bytes", [0, 1 << 20])
+def test_decoding_in_parallel_equals_decoding_in_sequence(
+    depth: int, conditioning: str, table_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rq_moe, "_DECODING_BYTES", table_bytes)
     model = perturbed(untrained(depth, conditioning=conditioning))
     codes = torch.randint(8, (20, 4), generator=torch.Generator().manual_seed(1))
     for stages in (1, 2, 4):

@@ -169,8 +169,8 @@ def decode_blocks(p: PreparedProjection, width: int, num_blocks: int, block_m: i
         split = 2 if programs < FULL_CARD else 1
         return {"BLOCK_N": 64, "WARPS": 4, "ROW_WARPS": 4 // split, "COPIES": 32, "num_warps": 4}
     words = p.plane // 4
-    block_n = 32 if p.num_stages == 1 else 16
-    lengths = (2,) if block_m > 16 else (4, 2)
+    block_n = 16 if p.num_stages > 1 or (p.wide and block_m > 16) else 32
+    lengths = (2,) if block_m > 16 or (p.vector_dim == 4 and not p.signed) else (4, 2)
     if p.num_stages == 1 and 1 < block_m <= 16 and rows // 64 * num_blocks >= FULL_CARD:
         block_n, lengths = 64, (2,)
     programs = rows // block_n * num_blocks
@@ -292,11 +292,14 @@ def grouped(
     gated = activation is not None
     low = low_rank(x, p) if p.rank else x
     width = p.out_features // 2 if gated else p.out_features
-    rows = blocks["BLOCK_N"] // 2 if gated else blocks["BLOCK_N"]
-    # A trellis code takes many registers per weight: Triton 3.7 would spill some of a larger tile.
+    # A trellis code and three stages take many registers per weight: a larger tile would spill some.
+    block_n = min(64, blocks["BLOCK_N"]) if p.num_stages > 2 else blocks["BLOCK_N"]
     block_k = min(32, blocks["BLOCK_K"]) if p.trellis_bits else blocks["BLOCK_K"]
-    # On Hopper the largest tile takes more than 48 KiB, which makes room for the tables too.
-    tables = DECODE_TABLES if capability(x)[0] == 9 and blocks["BLOCK_M"] == 128 else GROUPED_TABLES
+    rows = block_n // 2 if gated else block_n
+    block_v = max(8, min(block_k // p.vector_dim, power_of_2(p.num_vectors)))
+    # On Hopper the largest tile takes more than 48 KiB, which makes room for the tables too; float32 leaves none.
+    largest = blocks["BLOCK_M"] == block_n == 128 and block_v * p.vector_dim >= 64
+    tables = DECODE_TABLES if largest and capability(x)[0] == 9 else GROUPED_TABLES
     tile_kernels.grouped_kernel[(triton.cdiv(width, rows), block_experts.numel())](
         x,
         low,
@@ -317,10 +320,10 @@ def grouped(
         ACTIVATION=activation or "relu",
         FLOAT32=x.dtype == torch.float32 or _interpreted(),
         BLACKWELL=capability(x) >= (10, 0),
-        COPIES=table_copies(p, tables),
+        COPIES=0 if x.dtype == torch.float32 else table_copies(p, tables),
         BLOCK_M=blocks["BLOCK_M"],
-        BLOCK_N=blocks["BLOCK_N"],
-        BLOCK_V=max(8, min(block_k // p.vector_dim, power_of_2(p.num_vectors))),
+        BLOCK_N=block_n,
+        BLOCK_V=block_v,
         BLOCK_R=LOW_RANK_STEP,
         num_warps=blocks["num_warps"],
         num_stages=1,
