@@ -170,7 +170,7 @@ def decode_blocks(p: PreparedProjection, width: int, num_blocks: int, block_m: i
         return {"BLOCK_N": 64, "WARPS": 4, "ROW_WARPS": 4 // split, "COPIES": 32, "num_warps": 4}
     words = p.plane // 4
     block_n = 16 if p.num_stages > 1 or (p.wide and block_m > 16) else 32
-    lengths = (2,) if block_m > 16 or (p.vector_dim == 4 and not p.signed) else (4, 2)
+    lengths = (2,) if block_m > 16 or (p.vector_dim == 4 and not p.signed and p.num_stages == 1) else (4, 2)
     if p.num_stages == 1 and 1 < block_m <= 16 and rows // 64 * num_blocks >= FULL_CARD:
         block_n, lengths = 64, (2,)
     programs = rows // block_n * num_blocks
@@ -292,8 +292,9 @@ def grouped(
     gated = activation is not None
     low = low_rank(x, p) if p.rank else x
     width = p.out_features // 2 if gated else p.out_features
-    # A trellis code and three stages take many registers per weight: a larger tile would spill some.
-    block_n = min(64, blocks["BLOCK_N"]) if p.num_stages > 2 else blocks["BLOCK_N"]
+    # A trellis code, groups and three stages take many registers per weight: a larger tile would spill some.
+    many = p.num_stages > 2 or p.num_groups > 1
+    block_n = min(64, blocks["BLOCK_N"]) if many else blocks["BLOCK_N"]
     block_k = min(32, blocks["BLOCK_K"]) if p.trellis_bits else blocks["BLOCK_K"]
     rows = block_n // 2 if gated else block_n
     block_v = max(8, min(block_k // p.vector_dim, power_of_2(p.num_vectors)))
