@@ -292,8 +292,9 @@ def grouped(
     gated = activation is not None
     low = low_rank(x, p) if p.rank else x
     width = p.out_features // 2 if gated else p.out_features
-    # A trellis code, groups and three stages take many registers per weight: a larger tile would spill some.
-    many = p.num_stages > 2 or p.num_groups > 1
+    # A trellis code takes many registers per weight, and so do groups and three stages before Hopper: a larger tile
+    # would spill some.
+    many = (p.num_stages > 2 or p.num_groups > 1) and capability(x) < (9, 0)
     block_n = min(64, blocks["BLOCK_N"]) if many else blocks["BLOCK_N"]
     block_k = min(32, blocks["BLOCK_K"]) if p.trellis_bits else blocks["BLOCK_K"]
     rows = block_n // 2 if gated else block_n
