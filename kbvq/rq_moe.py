@@ -267,10 +267,11 @@ class RQMoE(nn.Module):
                 )
         codes = codes.to(self.codebooks.device, torch.int64)
         num_stages = codes.shape[1]
-        floats = num_stages * max(self.vector_dim, self.num_refiners * (self.refiner_width + 4))
-        parts = codes.split(max(1, 2 * _CHUNK_FLOATS[codes.device.type] // floats))
+        width = self.gate_in.shape[1] + self.num_refiners * self.refiner_width  # of the first layer
+        parts = codes.split(max(1, 2 * _CHUNK_FLOATS[codes.device.type] // (num_stages * max(self.vector_dim, width))))
+        table_bytes = 4 * num_stages * self.codebook_size * ((num_stages - 1) * width + self.vector_dim)
         tabled = self.conditioning == "instruction" and self.refiner_depth == 1 and num_stages > 1
-        if tabled and self._decoding_bytes(num_stages) <= _DECODING_BYTES:
+        if tabled and table_bytes <= _DECODING_BYTES:
             decoded = [self._decode_by_tables(part) for part in parts]
         else:
             decoded = [torch.addcmul(self.mean, self._codewords(part)[0].sum(0), self.scale) for part in parts]
@@ -285,7 +286,7 @@ class RQMoE(nn.Module):
         """
         table, out, offsets = self._decoding_tables(codes.shape[1])
         later, refiners = codes.shape[1] - 1, self.num_refiners
-        units = 4 * refiners * later  # of the gates
+        units = self.gate_in.shape[1] * later  # of the gates
         summed = F.embedding_bag(codes + offsets, table, mode="sum")
         total, first = summed[:, -self.vector_dim :], summed[:, : -self.vector_dim].relu_()
         # softmax is vectorised over the inner dimension, which should therefore be the long one
@@ -320,11 +321,6 @@ class RQMoE(nn.Module):
             offsets = torch.arange(num_stages, device=own.device) * size
             self._decoder = (key, (torch.cat(parts, 2).flatten(0, 1), out, offsets))
         return self._decoder[1]
-
-    def _decoding_bytes(self, num_stages: int) -> int:
-        """Of the table that `_decode_by_tables` needs."""
-        width = (num_stages - 1) * self.num_refiners * (4 + self.refiner_width) + self.vector_dim
-        return 4 * num_stages * self.codebook_size * width
 
     def _check_fitted(self) -> None:
         if float(self.scale) == 0:

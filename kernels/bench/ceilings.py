@@ -72,7 +72,7 @@ def l1_cycles(code: CodeFormat, tokens: float, entry: aot.Launch, compiled: aot.
     each of its `tokens`, at four tags a cycle; 0 tokens: grouped_kernel.
     """
     a, copies, trellis = entry.arguments, entry.arguments["COPIES"], code.codebook == "trellis"
-    lookups = 1.0 if trellis else code.num_stages / code.vector_dim
+    lookups = code.lookups
     entries = 256 if trellis else code.codebook_size
     if copies:
         size = 4 if trellis else 2 * code.vector_dim
@@ -110,18 +110,15 @@ PATHS = (
 batch of 16 on Qwen3-30B-A3B, the others are long rows."""
 
 
-def down_projection(code: CodeFormat, shape: ExpertShape, path: str, tokens: int) -> tuple[aot.Launch, float] | None:
-    """(launch, weights per pass of the inner loop and warp), or None where the path does not serve the format."""
+def down_projection(code: CodeFormat, shape: ExpertShape, path: str, tokens: int) -> aot.Launch:
+    """The launch of the down projection in a call with so many tokens."""
     projections = meta_bank(shape, code)
-    if path != "grouped" and not all(launch.decodes(p, torch.bfloat16) for p in projections):
-        return None
     x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
     index = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
     weights = torch.empty(tokens, shape.top_k, device="meta")
     with aot.record(90) as recorded:
         launch.moe_forward(x, index, weights, *projections, "silu", path)
-    entry = next(r for r in recorded if "words_ptr" in r.arguments and not r.arguments["GATED"])
-    return entry, aot.weights_per_pass(entry)
+    return next(r for r in recorded if "words_ptr" in r.arguments and not r.arguments["GATED"])
 
 
 def main() -> None:
@@ -131,19 +128,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for code in FORMATS:
         for label, shape, path, batch, tokens in PATHS:
-            found = down_projection(code, shape, path, batch)
-            if found is None:
-                continue
-            entry, weights = found
+            entry = down_projection(code, shape, path, batch)
+            weights = aot.weights_per_pass(entry)
             compiled = aot.inspect(aot.compile_launch(entry, 90))
             per_weight = sum(compiled.loop.values()) / weights
-            lookups = 1 if code.codebook == "trellis" else code.num_stages / code.vector_dim
             hbm = 16 / code.bits
             table = SM_COUNT * CLOCK_HZ / l1_cycles(code, tokens, entry, compiled, weights) / BF16_WEIGHTS_PER_S
             issue = SM_COUNT * 4 * CLOCK_HZ / per_weight / BF16_WEIGHTS_PER_S
             limit = min(("HBM", hbm), ("L1", table), ("issue", issue), key=lambda pair: pair[1])
             print(
-                f"| {code.name} | {label} | {compiled.registers} | {compiled.spilled} | {lookups:.3f} "
+                f"| {code.name} | {label} | {compiled.registers} | {compiled.spilled} | {code.lookups:.3f} "
                 f"| {32 * per_weight:.2f} | {hbm:.1f}x | {table:.2f}x | {issue:.2f}x | {limit[1]:.2f}x ({limit[0]}) |",
                 flush=True,
             )

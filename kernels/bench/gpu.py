@@ -102,6 +102,10 @@ def lookups() -> list[dict]:
     the table in shared memory."""
     rows = []
     blocks, block, repeat = 132 * 16, 256, 256
+
+    def measure_rate(call, **row) -> None:
+        rows.append(row | {"lookups_per_second": blocks * block * repeat / (1e-6 * replay_us([call]))})
+
     out = torch.empty(blocks * block, dtype=torch.int64, device="cuda")
     for codeword_bytes, dtype, words in ((4, torch.int32, 1), (8, torch.int64, 1), (16, torch.int64, 2)):
         for entries in (256, 4096):
@@ -113,8 +117,7 @@ def lookups() -> list[dict]:
                     table, target, ENTRIES=entries, WORDS=words, REPEAT=repeat, BLOCK=block, num_warps=4
                 )
 
-            rate = blocks * block * repeat / (1e-6 * replay_us([call]))
-            rows.append({"codeword_bytes": codeword_bytes, "entries": entries, "copies": 0, "lookups_per_second": rate})
+            measure_rate(call, codeword_bytes=codeword_bytes, entries=entries, copies=0)
     for vector_dim, copies in ((8, 8), (8, 4), (4, 16), (4, 8)):
         table = torch.ones(256 * vector_dim // 4, dtype=torch.int64, device="cuda")
 
@@ -123,9 +126,7 @@ def lookups() -> list[dict]:
                 table, out, D=vector_dim, COPIES=copies, REPEAT=repeat, BLOCK=block, num_warps=4
             )
 
-        rate = blocks * block * repeat / (1e-6 * replay_us([call]))
-        size = 2 * vector_dim
-        rows.append({"codeword_bytes": size, "entries": 256, "copies": copies, "lookups_per_second": rate})
+        measure_rate(call, codeword_bytes=2 * vector_dim, entries=256, copies=copies)
     return rows
 
 

@@ -53,6 +53,11 @@ class CodeFormat:
         return self.num_stages * math.log2(self.codebook_size) / self.vector_dim + self.signed
 
     @property
+    def lookups(self) -> float:
+        """Table lookups per weight."""
+        return self.num_stages / self.vector_dim
+
+    @property
     def fields(self) -> dict[str, object]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
 

@@ -52,6 +52,17 @@ def spread_signs(signs):
 
 
 @triton.jit
+def expert_tables(
+    words_ptr, groups_ptr, e, D: tl.constexpr, C: tl.constexpr, TABLES: tl.constexpr, PER_EXPERT: tl.constexpr
+):
+    """Where the tables and groups of expert e start."""
+    if PER_EXPERT:
+        words_ptr += e * (TABLES * C * (2 if D == 8 else 1))
+        groups_ptr += e * C
+    return words_ptr, groups_ptr
+
+
+@triton.jit
 def _lookup(
     words_ptr,
     groups_ptr,

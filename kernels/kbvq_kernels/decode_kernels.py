@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kbvq_kernels.codewords import codeword_words, signed_pair, spread_signs, trellis_level
+from kbvq_kernels.codewords import codeword_words, expert_tables, signed_pair, spread_signs, trellis_level
 from kbvq_kernels.epilogue import store_rows, tile_rows
 from kbvq_kernels.ptx import add_pairs, funnel, load_words, mma, share_tables, shared_words
 
@@ -318,9 +318,7 @@ def decode_kernel(
     thread = tl.arange(0, 32 * WARPS)
     warp, g, t = thread // 32, thread // 4 % 8, thread % 4
 
-    if PER_EXPERT:
-        words_ptr += e * (TABLES * C * (2 if D == 8 else 1))
-        groups_ptr += e * C
+    words_ptr, groups_ptr = expert_tables(words_ptr, groups_ptr, e, D, C, TABLES, PER_EXPERT)
     shared = share_tables(words_ptr, TABLES, D, C, COPIES)
 
     row_address, row_mask = (), ()

@@ -36,6 +36,16 @@ def tile_rows(block, r, N: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
+def row_factors(coefficients_ptr, factor_scale_ptr, e, row, mask, q, RANK: tl.constexpr, FACTOR_SCALE: tl.constexpr):
+    """Columns q of the low-rank coefficients of rows, with their scales, float32 [rows, q]; zeros beyond the rank."""
+    inside = mask[:, None] & (q < RANK)[None, :]
+    factor = tl.load(coefficients_ptr + row[:, None] * RANK + q[None, :], mask=inside, other=0).to(tl.float32)
+    if FACTOR_SCALE:
+        factor = factor * tl.load(factor_scale_ptr + e * RANK + q, mask=q < RANK, other=0.0)[None, :]
+    return factor
+
+
+@triton.jit
 def store_rows(
     acc,
     e,
@@ -67,12 +77,7 @@ def store_rows(
         # In steps, for little shared memory whatever the rank: the tables may have most of what needs no permission.
         for q0 in tl.range(0, RANK, BLOCK_R, num_stages=1):
             q = q0 + tl.arange(0, BLOCK_R)
-            factor_mask = mask[:, None] & (q < RANK)[None, :]
-            factor = tl.load(coefficients_ptr + row[:, None] * RANK + q[None, :], mask=factor_mask, other=0).to(
-                tl.float32
-            )
-            if FACTOR_SCALE:
-                factor = factor * tl.load(factor_scale_ptr + e * RANK + q, mask=q < RANK, other=0.0)[None, :]
+            factor = row_factors(coefficients_ptr, factor_scale_ptr, e, row, mask, q, RANK, FACTOR_SCALE)
             low_mask = (q < RANK)[:, None] & pair_mask[None, :]
             low = tl.load(low_ptr + x_row[None, :] * RANK + q[:, None], mask=low_mask, other=0.0)
             acc = tl.dot(factor, low, acc, input_precision="tf32")

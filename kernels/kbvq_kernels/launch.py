@@ -104,6 +104,11 @@ def format_constants(p: PreparedProjection) -> dict[str, int | bool]:
     }
 
 
+def _row_terms(p: PreparedProjection, stand_in: Tensor) -> list[Tensor]:
+    """What `store_rows` adds to a product."""
+    return [_or(t, stand_in) for t in (p.scale, p.bias, p.coefficients, p.factor_scale)]
+
+
 def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
     """A pointer for an absent tensor: constexpr flags keep the kernel from reading it."""
     return stand_in if t is None else t
@@ -220,10 +225,7 @@ def decode(
         c,
         p.words,
         _or(p.groups, c),
-        _or(p.scale, c),
-        _or(p.bias, c),
-        _or(p.coefficients, c),
-        _or(p.factor_scale, c),
+        *_row_terms(p, c),
         out,
         num_pairs,
         TOP_K=top_k,
@@ -310,10 +312,7 @@ def grouped(
         p.codes,
         _words(p),
         _or(p.groups, x),
-        _or(p.scale, x),
-        _or(p.bias, x),
-        _or(p.coefficients, x),
-        _or(p.factor_scale, x),
+        *_row_terms(p, x),
         out,
         num_pairs,
         TOP_K=top_k,

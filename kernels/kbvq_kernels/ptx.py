@@ -37,8 +37,11 @@ _LOAD_1, _LOAD_2, _LOAD_4 = (_load(words, "", True) for words in (1, 2, 4))
 _STREAM_1, _STREAM_2, _STREAM_4 = (_load(words, ".L1::evict_first", True) for words in (1, 2, 4))
 _LOOSE_1, _LOOSE_2, _LOOSE_4 = (_load(words, ".L1::evict_first", False) for words in (1, 2, 4))
 
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {1};"
-_MMA_BF16, _MMA_F16 = (tl.constexpr(_MMA.format(t, "{$10, $11, $12, $13}")) for t in ("bf16", "f16"))
+_MMA = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
+    "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
+)
+_MMA_BF16, _MMA_F16 = (tl.constexpr(_MMA.format(t)) for t in ("bf16", "f16"))
 
 # Before compute capability 9 there is no sum of bfloat16, but a multiply-add.
 _ADD_BF16 = tl.constexpr("fma.rn.bf16x2 $0, $1, $3, $2;")

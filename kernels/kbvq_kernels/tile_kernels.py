@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kbvq_kernels.codewords import codeword_words, halves, signed_pair, spread_signs, trellis_level
-from kbvq_kernels.epilogue import store_rows, tile_rows
+from kbvq_kernels.codewords import codeword_words, expert_tables, halves, signed_pair, spread_signs, trellis_level
+from kbvq_kernels.epilogue import row_factors, store_rows, tile_rows
 from kbvq_kernels.ptx import share_tables
 
 
@@ -235,9 +235,7 @@ def dequantize_kernel(
     k = v0 * D + tl.arange(0, BLOCK_V * D)
     row = e * N + n
     row_mask = n < N
-    if PER_EXPERT:
-        words_ptr += e * (TABLES * C * (2 if D == 8 else 1))
-        groups_ptr += e * C
+    words_ptr, groups_ptr = expert_tables(words_ptr, groups_ptr, e, D, C, TABLES, PER_EXPERT)
     tile = _decode_tile(
         codes_ptr, words_ptr, groups_ptr, e, n, row_mask, 0, v0, N, K, D, C, STAGES, GROUPS, PLANE, WIDE, SIGNED, BITS,
         ROW_BYTES, BF16, True, 0, BLOCK_N, BLOCK_V,
@@ -248,10 +246,7 @@ def dequantize_kernel(
         tile = tile * scale
     if RANK > 0:
         q = tl.arange(0, BLOCK_R)
-        factor_mask = row_mask[:, None] & (q < RANK)[None, :]
-        factor = tl.load(coefficients_ptr + row[:, None] * RANK + q[None, :], mask=factor_mask, other=0).to(tl.float32)
-        if FACTOR_SCALE:
-            factor = factor * tl.load(factor_scale_ptr + e * RANK + q, mask=q < RANK, other=0.0)[None, :]
+        factor = row_factors(coefficients_ptr, factor_scale_ptr, e, row, row_mask, q, RANK, FACTOR_SCALE)
         if SCALE:
             factor = factor * scale
         basis_mask = (q < RANK)[:, None] & (k < K)[None, :]
@@ -320,9 +315,7 @@ def grouped_kernel(
     if GATED:
         x_row = pair // TOP_K
     n, row_mask = tile_rows(tl.program_id(0), tl.arange(0, BLOCK_N), N, GATED, BLOCK_N)
-    if PER_EXPERT:
-        words_ptr += e * (TABLES * C * (2 if D == 8 else 1))
-        groups_ptr += e * C
+    words_ptr, groups_ptr = expert_tables(words_ptr, groups_ptr, e, D, C, TABLES, PER_EXPERT)
     shared = share_tables(words_ptr, TABLES, D, C, COPIES)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # One stage: deeper pipelines move the codeword reads into copies that bypass L1.
