@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kbvq.kmeans import kmeans, nearest_codeword
-from kbvq.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
-from kbvq.trellis import TrellisCode
+from kbvq.codes.kmeans import kmeans, nearest_codeword
+from kbvq.codes.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
+from kbvq.codes.trellis import TrellisCode
 
 NUM_TRAIN = 1 << 20  # values
 NUM_TEST = 1 << 18

@@ -28,7 +28,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kbvq
-from kbvq.pipeline import QuantizeOptions, quantize_model
+from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
 from kbvq.recipes import make_recipe
 from kbvq_eval.divergence import BaselineCache, score_windows
 from kbvq_eval.windows import text_windows

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kbvq.projection import quantize_projection, report_projection
+from kbvq.method.projection import quantize_projection, report_projection
 from kbvq.recipes import make_recipe
 from kbvq.structures import InputMoments
 

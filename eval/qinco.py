@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kbvq.codes.rq_moe import RQMoE
 from kbvq.errors import ConfigError
-from kbvq.rq_moe import RQMoE
 
 
 class Step(nn.Module):

@@ -26,10 +26,10 @@ from qinco import QINCo
 from torch import Tensor
 from tqdm import tqdm
 
+from kbvq.codes.kmeans import nearest_codeword
+from kbvq.codes.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
+from kbvq.codes.rq_moe import RQMoE
 from kbvq.errors import ConfigError
-from kbvq.kmeans import nearest_codeword
-from kbvq.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
-from kbvq.rq_moe import RQMoE
 
 ROOT = Path(__file__).resolve().parent.parent
 Decoder = Callable[[Tensor], Tensor]

@@ -5,7 +5,7 @@
 
 __version__ = "0.1.0"
 
-from kbvq import hf
-from kbvq.rq_moe import RQMoE
+from kbvq.codes.rq_moe import RQMoE
+from kbvq.serving import hf
 
 __all__ = ["RQMoE", "hf"]

@@ -12,11 +12,11 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import kbvq
-from kbvq.calibration_text import DEFAULT_CALIBRATION
-from kbvq.checkpoint import inspect_checkpoint, verify_checkpoint
 from kbvq.errors import KbvqError
-from kbvq.pipeline import QuantizeOptions, quantize_model
+from kbvq.models.calibration_text import DEFAULT_CALIBRATION
+from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
 from kbvq.recipes import CODES, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
+from kbvq.storage.checkpoint import inspect_checkpoint, verify_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,13 +20,13 @@ from kbvq.errors import ConfigError
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 INDEX_BITS = {256: 8, 4096: 12}
-"""Codebook size -> bits of one code; the sizes that `kbvq.packing` can store."""
+"""Codebook size -> bits of one code; the sizes that `kbvq.codes.packing` can store."""
 
 CODEBOOKS = ("vq", "rq", "rq-moe", "trellis")
 """Names of the code formats; see `ProjectionFormat`."""
 
 TRELLIS_STATE_BITS = 12
-"""Bits of the stream that a value of a trellis code depends on (see `kbvq.trellis`)."""
+"""Bits of the stream that a value of a trellis code depends on (see `kbvq.codes.trellis`)."""
 
 
 @dataclass(frozen=True)

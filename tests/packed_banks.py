@@ -1,10 +1,10 @@
-"""Random packed banks and what they decode to, written out independently of `kbvq.packing`."""
+"""Random packed banks and what they decode to, written out independently of `kbvq.codes.packing`."""
 
 import torch
 
-from kbvq.packing import pack_stages
+from kbvq.codes.packing import pack_stages
+from kbvq.codes.trellis import MULTIPLIERS, TrellisCode, levels
 from kbvq.structures import BankFormat, PackedBank, PackedProjection, ProjectionFormat
-from kbvq.trellis import MULTIPLIERS, TrellisCode, levels
 
 
 def random_projection(format: ProjectionFormat, seed: int) -> tuple[PackedProjection, torch.Tensor]:

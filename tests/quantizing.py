@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import kbvq
-from kbvq.pipeline import QuantizeOptions, quantize_model
+from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
 from kbvq.recipes import Recipe, make_recipe
 
 

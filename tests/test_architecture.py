@@ -10,17 +10,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LEVELS = [
-    {"errors", "structures", "recipes"},
-    {"kmeans", "bit_budget", "rate_distortion", "packing", "trellis"},
-    {"shared_basis", "codebooks", "error_feedback", "vector_quantization", "bias_correction", "residual_quantization",
-     "grouped_residual", "rq_moe", "projection"},
-    {"moe_adapters", "layer_stream", "calibration_text", "expert_forward", "calibration", "packed_experts",
-     "sensitivity"},
-    {"block_tuning", "distillation", "planning", "layer_quantization", "checkpoint", "pipeline"},
-    {"hf", "cli", "__init__"},
-]  # fmt: skip
+    ("errors", "structures", "recipes"),
+    ("codes",),
+    ("method",),
+    ("models",),
+    ("storage",),
+    ("quantization", "serving"),
+    ("cli", "__main__", "__init__"),
+]
+"""Files and folders of kbvq; imports stay within a room or point to an earlier one."""
+
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 TORCH_ALONE = {name for names in LEVELS[:3] for name in names}
+SOURCES = sorted((ROOT / "kbvq").rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "kbvq").parts[0].removesuffix(".py")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -35,13 +41,17 @@ def imported_modules(path: Path) -> set[str]:
     return modules
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kbvq").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "kbvq")))
 def test_imports_point_down(path):
     modules = imported_modules(path)
     for module in modules:
         if module.startswith("kbvq."):
-            assert LEVEL[module.removeprefix("kbvq.")] <= LEVEL[path.stem], f"{path.stem} imports {module} above it"
-    if path.stem in TORCH_ALONE:
+            other = module.split(".")[1]
+            assert LEVEL[other] <= LEVEL[room(path)], f"{path} imports {module} above it"
+            assert other == room(path) or LEVEL[other] < LEVEL[room(path)] or LEVEL[other] == 0, (
+                f"{path} imports {module} of the room beside it"
+            )
+    if room(path) in TORCH_ALONE:
         foreign = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
         assert foreign <= {"torch", "kbvq", "safetensors", "tqdm"}
 
@@ -49,7 +59,7 @@ def test_imports_point_down(path):
 def test_kernels_and_evaluation_stay_on_their_side():
     for path in (ROOT / "kernels" / "kbvq_kernels").glob("*.py"):
         assert not any(module.partition(".")[0] == "kbvq" for module in imported_modules(path)), path
-    for path in (ROOT / "kbvq").glob("*.py"):
+    for path in SOURCES:
         assert not any(module.startswith("kbvq_eval") for module in imported_modules(path)), path
 
 

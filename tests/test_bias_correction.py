@@ -1,6 +1,6 @@
 import torch
 
-from kbvq.bias_correction import SLOPE_LIMITS, bias_correction, output_moments
+from kbvq.method.bias_correction import SLOPE_LIMITS, bias_correction, output_moments
 
 
 def tokens(count=500, width=6, seed=0):

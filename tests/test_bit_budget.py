@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from kbvq.bit_budget import Choice, allocate
 from kbvq.errors import ConfigError
+from kbvq.method.bit_budget import Choice, allocate
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -6,8 +6,8 @@ from packed_banks import random_projection
 from quantizing import quantize
 from tiny_models import save_tiny_model
 
-from kbvq.block_tuning import TrainableProjection, windows_per_step
-from kbvq.packing import dequantize_expert
+from kbvq.codes.packing import dequantize_expert
+from kbvq.quantization.block_tuning import TrainableProjection, windows_per_step
 from kbvq.recipes import make_recipe
 from kbvq.structures import ProjectionFormat
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from kbvq.calibration import ObservedBank
-from kbvq.moe_adapters import bank_activation, bank_weights, find_expert_banks
+from kbvq.models.calibration import ObservedBank
+from kbvq.models.moe_adapters import bank_activation, bank_weights, find_expert_banks
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "deepseek_v3"])

@@ -8,8 +8,8 @@ from pyarrow import parquet
 from tiny_models import VOCAB_SIZE, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from kbvq.calibration_text import DEFAULT_CALIBRATION, calibration_windows, load_texts
 from kbvq.errors import CalibrationError
+from kbvq.models.calibration_text import DEFAULT_CALIBRATION, calibration_windows, load_texts
 
 DOCUMENTS = ["w2 w3\nw4", "w5\u2028w6", "w7 w8 w9"]
 

@@ -8,15 +8,15 @@ import torch
 from packed_banks import random_bank
 from safetensors.torch import load_file
 
-import kbvq.checkpoint
-from kbvq.checkpoint import (
+import kbvq.storage.checkpoint
+from kbvq.errors import CheckpointError
+from kbvq.storage.checkpoint import (
     PackedCheckpointWriter,
     check_disk_space,
     inspect_checkpoint,
     read_headers,
     verify_checkpoint,
 )
-from kbvq.errors import CheckpointError
 from kbvq.structures import PROJECTIONS, BankFormat
 
 SOURCE_CONFIG = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "dtype": "bfloat16"}
@@ -209,7 +209,7 @@ def test_failed_write_names_the_file(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(kbvq.checkpoint, "save_file", full)
+    monkeypatch.setattr(kbvq.storage.checkpoint, "save_file", full)
     with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors.*No space left"):
         start(tmp_path / "out")
 

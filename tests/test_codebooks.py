@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from kbvq.codebooks import TableCodebook, TrellisCodebook
-from kbvq.packing import decode_codes
+from kbvq.codes.codebooks import TableCodebook, TrellisCodebook
+from kbvq.codes.packing import decode_codes
+from kbvq.codes.trellis import TrellisCode
 from kbvq.structures import ProjectionFormat
-from kbvq.trellis import TrellisCode
 
 EXPERTS, ROWS = 2, 24
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kbvq.codebooks import TableCodebook
-from kbvq.error_feedback import channel_order, encode_with_feedback, target_variances, upper_factor
+from kbvq.codes.codebooks import TableCodebook
 from kbvq.errors import NumericalError
+from kbvq.method.error_feedback import channel_order, encode_with_feedback, target_variances, upper_factor
 from kbvq.structures import ProjectionFormat
 
 EXPERTS, OUT, IN, DIM, SIZE = 2, 40, 150, 2, 256

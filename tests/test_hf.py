@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, save_tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3MoeForCausalLM
 
-from kbvq import hf
-from kbvq.checkpoint import PackedCheckpointWriter, inspect_checkpoint, read_headers
 from kbvq.errors import CheckpointError, ConfigError
-from kbvq.moe_adapters import find_expert_banks
-from kbvq.packed_experts import PackedBankModule, packed_module
+from kbvq.models.moe_adapters import find_expert_banks
+from kbvq.serving import hf
+from kbvq.serving.packed_experts import PackedBankModule, packed_module
+from kbvq.storage.checkpoint import PackedCheckpointWriter, inspect_checkpoint, read_headers
 
 TESTS = Path(__file__).parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

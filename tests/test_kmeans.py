@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from kbvq.codes.kmeans import kmeans, nearest_codeword
 from kbvq.errors import ConfigError, NumericalError
-from kbvq.kmeans import kmeans, nearest_codeword
 
 
 def brute_force(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

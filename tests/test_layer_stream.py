@@ -12,10 +12,10 @@ from tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Config
 
-from kbvq import layer_stream
 from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
-from kbvq.layer_stream import LayerStream, resolve_model_folder
-from kbvq.moe_adapters import find_expert_banks
+from kbvq.models import layer_stream
+from kbvq.models.layer_stream import LayerStream, resolve_model_folder
+from kbvq.models.moe_adapters import find_expert_banks
 
 IDS = torch.randint(2, 128, (3, 20), generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DbrxConfig, GptOssConfig, Llama4T
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kbvq.errors import UnsupportedModelError
-from kbvq.moe_adapters import (
+from kbvq.models.moe_adapters import (
     TESTED_FAMILIES,
     ExpertBank,
     bank_activation,

@@ -8,10 +8,10 @@ from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import CheckpointError
-from kbvq.expert_forward import run_experts
-from kbvq.packed_experts import PackedExperts, PackedMLP, packed_module
-from kbvq.packing import dequantize_expert
+from kbvq.models.expert_forward import run_experts
+from kbvq.serving.packed_experts import PackedExperts, PackedMLP, packed_module
 from kbvq.structures import PROJECTIONS, BankFormat, ProjectionFormat
 
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 32, 16

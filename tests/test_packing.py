@@ -2,8 +2,8 @@ import pytest
 import torch
 from packed_banks import random_projection, reference_weight
 
+from kbvq.codes.packing import dequantize_expert, pack_codes, pack_stages, unpack_codes, unpack_stages
 from kbvq.errors import ConfigError
-from kbvq.packing import dequantize_expert, pack_codes, pack_stages, unpack_codes, unpack_stages
 from kbvq.structures import ProjectionFormat
 
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, save_tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from kbvq.checkpoint import inspect_checkpoint, verify_checkpoint
 from kbvq.cli import main
+from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import CalibrationError, CheckpointError, ConfigError, NumericalError, UnsupportedModelError
-from kbvq.moe_adapters import find_expert_banks
-from kbvq.packing import dequantize_expert
+from kbvq.models.moe_adapters import find_expert_banks
 from kbvq.recipes import make_recipe
+from kbvq.storage.checkpoint import inspect_checkpoint, verify_checkpoint
 
 TOKENS = torch.arange(2, 26)[None]
 
@@ -207,7 +207,7 @@ def test_three_bits_on_matrices_too_small_for_the_codebook_names_the_bank(tmp_pa
 def test_not_enough_disk_is_refused(tmp_path, text, monkeypatch):
     save_tiny_model(tmp_path / "model", "mixtral")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("kbvq.checkpoint.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("kbvq.storage.checkpoint.shutil.disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="1,000 free"):
         quantize(tmp_path / "model", tmp_path / "packed", text)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from kbvq.errors import ConfigError
-from kbvq.layer_stream import LayerStream
-from kbvq.pipeline import QuantizeOptions, _plan_within_budget, _Windows
-from kbvq.planning import PROTECTED_BITS, budget_plan, check_budget, projection_shape
+from kbvq.models.layer_stream import LayerStream
+from kbvq.quantization.pipeline import QuantizeOptions, _plan_within_budget, _Windows
+from kbvq.quantization.planning import PROTECTED_BITS, budget_plan, check_budget, projection_shape
+from kbvq.quantization.sensitivity import Sensitivity
 from kbvq.recipes import CODES, make_recipe
-from kbvq.sensitivity import Sensitivity
 from kbvq.structures import PROJECTIONS
 
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import ConfigError, NumericalError
-from kbvq.packing import dequantize_expert
-from kbvq.projection import quantize_projection, report_projection
+from kbvq.method.projection import quantize_projection, report_projection
 from kbvq.recipes import CODES, RECIPE_NAMES, make_recipe
 from kbvq.structures import InputMoments
 

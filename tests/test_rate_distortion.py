@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kbvq.rate_distortion import bits_above_limit, shannon_distortion, weighted_error, weighted_spectrum
+from kbvq.method.rate_distortion import bits_above_limit, shannon_distortion, weighted_error, weighted_spectrum
 
 
 def test_white_gaussian_has_distortion_four_to_the_minus_rate():

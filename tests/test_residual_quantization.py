@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from kbvq.codes.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
 from kbvq.errors import ConfigError, NumericalError
-from kbvq.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

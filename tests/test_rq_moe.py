@@ -10,10 +10,10 @@ from qinco import QINCo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kbvq import rq_moe
+from kbvq.codes import rq_moe
+from kbvq.codes.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
+from kbvq.codes.rq_moe import RQMoE
 from kbvq.errors import CheckpointError, ConfigError, NumericalError
-from kbvq.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
-from kbvq.rq_moe import RQMoE
 
 
 def mixture(n: int, dim: int = 6, seed: int = 0) -> torch.Tensor:
@@ -218,7 +218,7 @@ def test_chunks_do_not_change_the_codes(monkeypatch: pytest.MonkeyPatch) -> None
     model, vectors = perturbed(untrained()), mixture(100, seed=9)
     codes = model.encode(vectors, beam=2)
     decoded = model.decode(codes)
-    monkeypatch.setitem(__import__("kbvq.rq_moe").rq_moe._CHUNK_FLOATS, "cpu", 1 << 10)
+    monkeypatch.setitem(__import__("kbvq.codes.rq_moe").rq_moe._CHUNK_FLOATS, "cpu", 1 << 10)
     assert torch.equal(model.encode(vectors, beam=2), codes)
     torch.testing.assert_close(model.decode(codes), decoded)
 

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from kbvq.calibration import LayerRunner, ObservedBank
-from kbvq.moe_adapters import ExpertBank
-from kbvq.packing import dequantize_expert
-from kbvq.projection import quantize_projection
-from kbvq.rate_distortion import weighted_error
+from kbvq.codes.packing import dequantize_expert
+from kbvq.method.projection import quantize_projection
+from kbvq.method.rate_distortion import weighted_error
+from kbvq.models.calibration import LayerRunner, ObservedBank
+from kbvq.models.moe_adapters import ExpertBank
+from kbvq.quantization.sensitivity import Sensitivity, _noise_law, divergence, probe_layer, super_experts
 from kbvq.recipes import make_recipe
-from kbvq.sensitivity import Sensitivity, _noise_law, divergence, probe_layer, super_experts
 from kbvq.structures import InputMoments
 
 EXPERTS, OUT, IN = 2, 128, 64

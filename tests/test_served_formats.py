@@ -9,8 +9,8 @@ from packed_banks import random_bank
 from torch.nn.functional import silu
 
 import kbvq_kernels
-from kbvq.packed_experts import packed_module
 from kbvq.recipes import CODES, make_recipe
+from kbvq.serving.packed_experts import packed_module
 from kbvq.structures import PROJECTIONS, ProjectionFormat
 
 EXPERTS, WIDTH = 4, 128

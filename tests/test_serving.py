@@ -6,8 +6,8 @@ from quantizing import quantize
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from kbvq.packed_experts import PackedBankModule
 from kbvq.recipes import make_recipe
+from kbvq.serving.packed_experts import PackedBankModule
 
 
 def without_kernels(model):

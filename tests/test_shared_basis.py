@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kbvq.errors import NumericalError
-from kbvq.shared_basis import shared_low_rank, whitening_map
+from kbvq.method.shared_basis import shared_low_rank, whitening_map
 
 
 def random_problem(experts=3, out=10, inputs=8, seed=0):

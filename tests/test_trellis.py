@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from kbvq.codes.trellis import MULTIPLIERS, TrellisCode, levels
 from kbvq.errors import ConfigError, NumericalError
-from kbvq.trellis import MULTIPLIERS, TrellisCode, levels
 
 TINY = [(TrellisCode(1, 4), 10), (TrellisCode(2, 4), 6)]  # and a length of which all paths can be tried
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import kbvq
-from kbvq.checkpoint import inspect_checkpoint
 from kbvq.errors import CheckpointError, ConfigError
+from kbvq.storage.checkpoint import inspect_checkpoint
 from kbvq_eval.divergence import mean_stderr, score_windows
 from kbvq_eval.report import format_table
 from kbvq_eval.tasks import Metric, TaskResult, find_tasks, run_tasks

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kbvq.calibration_text import calibration_windows, load_texts
+from kbvq.models.calibration_text import calibration_windows, load_texts
 from kbvq_eval.divergence import BaselineCache, score_windows
 from kbvq_eval.windows import text_windows
 

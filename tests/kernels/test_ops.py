@@ -11,7 +11,8 @@ import torch
 from packed_case import random_projection, random_routing, stored_weights
 
 import kbvq_kernels
-from kbvq import structures, trellis
+from kbvq import structures
+from kbvq.codes import trellis
 from kbvq_kernels import cpu, ops, prepare, prepared, reference, slower_than_bf16, supports
 
 FORMATS = {

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from kbvq.block_tuning import windows_per_step
-from kbvq.calibration import LayerRunner
-from kbvq.calibration_text import calibration_windows, load_texts
-from kbvq.checkpoint import FORMAT_VERSION, PackedCheckpointWriter, check_disk_space
-from kbvq.distillation import distill
 from kbvq.errors import ConfigError
-from kbvq.layer_quantization import quantize_layer
-from kbvq.layer_stream import LayerStream, resolve_model_folder
-from kbvq.moe_adapters import ExpertBank
-from kbvq.planning import BudgetPlan, budget_plan, check_budget, uniform_plan
+from kbvq.models.calibration import LayerRunner
+from kbvq.models.calibration_text import calibration_windows, load_texts
+from kbvq.models.layer_stream import LayerStream, resolve_model_folder
+from kbvq.models.moe_adapters import ExpertBank
+from kbvq.quantization.block_tuning import windows_per_step
+from kbvq.quantization.distillation import distill
+from kbvq.quantization.layer_quantization import quantize_layer
+from kbvq.quantization.planning import BudgetPlan, budget_plan, check_budget, uniform_plan
+from kbvq.quantization.sensitivity import Sensitivity, Site, divergence, probe_layer
 from kbvq.recipes import Recipe
-from kbvq.sensitivity import Sensitivity, Site, divergence, probe_layer
+from kbvq.storage.checkpoint import FORMAT_VERSION, PackedCheckpointWriter, check_disk_space
 from kbvq.structures import PROJECTIONS, BankFormat, PackedBank
 
 logger = logging.getLogger("kbvq")

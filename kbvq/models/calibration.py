@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from kbvq.expert_forward import run_bank, stacked_experts
-from kbvq.moe_adapters import ExpertBank, bank_activation, bank_weights
-from kbvq.packing import dequantize_expert
+from kbvq.codes.packing import dequantize_expert
+from kbvq.models.expert_forward import run_bank, stacked_experts
+from kbvq.models.moe_adapters import ExpertBank, bank_activation, bank_weights
 from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
 
 

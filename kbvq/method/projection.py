@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kbvq.bias_correction import bias_correction, output_moments
+from kbvq.codes.packing import decode_factors, dequantize_expert
 from kbvq.errors import NumericalError
-from kbvq.packing import decode_factors, dequantize_expert
-from kbvq.rate_distortion import bits_above_limit, shannon_distortion, weighted_error, weighted_spectrum
+from kbvq.method.bias_correction import bias_correction, output_moments
+from kbvq.method.rate_distortion import bits_above_limit, shannon_distortion, weighted_error, weighted_spectrum
+from kbvq.method.shared_basis import shared_low_rank
+from kbvq.method.vector_quantization import column_scales, row_scales, vector_quantize
 from kbvq.recipes import Recipe
-from kbvq.shared_basis import shared_low_rank
 from kbvq.structures import InputMoments, PackedProjection, ProjectionFormat
-from kbvq.vector_quantization import column_scales, row_scales, vector_quantize
 
 
 @dataclass(frozen=True)

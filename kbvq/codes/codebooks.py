@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kbvq.kmeans import nearest_codewords
-from kbvq.packing import pack_bits, pack_stages, store_tables, table_values
-from kbvq.residual_quantization import beam_search
+from kbvq.codes.kmeans import nearest_codewords
+from kbvq.codes.packing import pack_bits, pack_stages, store_tables, table_values
+from kbvq.codes.residual_quantization import beam_search
+from kbvq.codes.trellis import TrellisCode
 from kbvq.structures import ProjectionFormat
-from kbvq.trellis import TrellisCode
 
 BEAM = 8
 """Partial sums kept while a sum of codewords is chosen."""

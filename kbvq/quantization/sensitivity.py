@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kbvq.calibration import LayerRunner, observe_banks, run_and_watch
-from kbvq.error_feedback import channel_order, target_variances, upper_factor
-from kbvq.moe_adapters import ExpertBank
+from kbvq.method.error_feedback import channel_order, target_variances, upper_factor
+from kbvq.method.shared_basis import shared_low_rank
+from kbvq.method.vector_quantization import row_scales
+from kbvq.models.calibration import LayerRunner, observe_banks, run_and_watch
+from kbvq.models.moe_adapters import ExpertBank
 from kbvq.recipes import CODES, Recipe
-from kbvq.shared_basis import shared_low_rank
 from kbvq.structures import PROJECTIONS, InputMoments
-from kbvq.vector_quantization import row_scales
 
 SUPER_QUANTILE = 0.995
 SUPER_SHARE = 0.1

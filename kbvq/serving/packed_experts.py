@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import kbvq_kernels
+from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import CheckpointError
-from kbvq.expert_forward import ExpertWeights, run_bank
-from kbvq.packing import dequantize_expert
+from kbvq.models.expert_forward import ExpertWeights, run_bank
 from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, ProjectionFormat, buffer_name
 from kbvq_kernels import PreparedProjection
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kbvq.codes.trellis import TrellisCode
 from kbvq.errors import ConfigError
 from kbvq.structures import INDEX_BITS, ProjectionFormat
-from kbvq.trellis import TrellisCode
 
 
 def pack_codes(codes: Tensor, codebook_size: int) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kbvq.block_tuning import tune_banks
-from kbvq.calibration import LayerRunner, ObservedBank, observe_banks, run_and_watch
 from kbvq.errors import NumericalError
-from kbvq.moe_adapters import ExpertBank
-from kbvq.projection import quantize_projection, report_projection
+from kbvq.method.projection import quantize_projection, report_projection
+from kbvq.models.calibration import LayerRunner, ObservedBank, observe_banks, run_and_watch
+from kbvq.models.moe_adapters import ExpertBank
+from kbvq.quantization.block_tuning import tune_banks
 from kbvq.recipes import Recipe
 from kbvq.structures import PROJECTIONS, BankFormat, InputMoments, PackedBank, PackedProjection
 

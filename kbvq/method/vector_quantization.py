@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbvq.codebooks import Codebook, TableCodebook, TrellisCodebook
-from kbvq.error_feedback import channel_order, encode_with_feedback, target_variances, upper_factor
-from kbvq.grouped_residual import fit_grouped_codebooks
-from kbvq.kmeans import kmeans
+from kbvq.codes.codebooks import Codebook, TableCodebook, TrellisCodebook
+from kbvq.codes.grouped_residual import fit_grouped_codebooks
+from kbvq.codes.kmeans import kmeans
+from kbvq.codes.residual_quantization import fit_residual_codebooks
+from kbvq.method.error_feedback import channel_order, encode_with_feedback, target_variances, upper_factor
 from kbvq.recipes import Recipe
-from kbvq.residual_quantization import fit_residual_codebooks
 from kbvq.structures import InputMoments, ProjectionFormat
 
 

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kbvq.codes.residual_quantization import fit_residual_codebooks
 from kbvq.errors import CheckpointError, ConfigError, NumericalError
-from kbvq.residual_quantization import fit_residual_codebooks
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "kbvq_rq_moe"  # one JSON value: the order of several keys in the file is not defined

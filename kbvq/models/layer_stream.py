@@ -30,7 +30,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
-from kbvq.moe_adapters import decoder_layers, find_expert_banks
+from kbvq.models.moe_adapters import decoder_layers, find_expert_banks
 
 logger = logging.getLogger("kbvq")
 

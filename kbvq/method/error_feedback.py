@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbvq.codebooks import Codebook, Refit
+from kbvq.codes.codebooks import Codebook, Refit
 from kbvq.errors import NumericalError
 
 _BLOCK = 128  # channels whose feedback from earlier blocks is computed in one product, as in GPTQ

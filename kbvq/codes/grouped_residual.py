@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kbvq.kmeans import kmeans, nearest_codeword
+from kbvq.codes.kmeans import kmeans, nearest_codeword
 
 _ROUNDS = 4  # of grouping the first codewords by the tables, and training the tables of the groups
 

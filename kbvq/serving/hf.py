@@ -10,9 +10,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kbvq.checkpoint import FORMAT_VERSION, check_bank_tensors, read_file_headers
 from kbvq.errors import CheckpointError, ConfigError
-from kbvq.packed_experts import packed_module
+from kbvq.serving.packed_experts import packed_module
+from kbvq.storage.checkpoint import FORMAT_VERSION, check_bank_tensors, read_file_headers
 from kbvq.structures import BankFormat
 
 if TYPE_CHECKING:  # importing it loads torch._dynamo and Triton

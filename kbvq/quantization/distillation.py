@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from kbvq.block_tuning import TrainableBank, cosine_schedule, parameter_group, shuffled_windows
 from kbvq.errors import NumericalError
-from kbvq.layer_stream import LayerStream
-from kbvq.moe_adapters import bank_activation, decoder_layers
+from kbvq.models.layer_stream import LayerStream
+from kbvq.models.moe_adapters import bank_activation, decoder_layers
+from kbvq.quantization.block_tuning import TrainableBank, cosine_schedule, parameter_group, shuffled_windows
 from kbvq.recipes import Recipe
 from kbvq.structures import PackedBank
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kbvq.codes.kmeans import kmeans, nearest_codeword
 from kbvq.errors import ConfigError
-from kbvq.kmeans import kmeans, nearest_codeword
 
 _CHUNK_FLOATS = 1 << 21  # candidate scores held at once while encoding with a beam
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import kbvq_kernels
-from kbvq.bit_budget import Choice, allocate
 from kbvq.errors import ConfigError
-from kbvq.moe_adapters import ExpertBank
+from kbvq.method.bit_budget import Choice, allocate
+from kbvq.models.moe_adapters import ExpertBank
+from kbvq.quantization.sensitivity import Sensitivity, Site, super_experts
 from kbvq.recipes import Recipe
-from kbvq.sensitivity import Sensitivity, Site, super_experts
 from kbvq.structures import PROJECTIONS, BankFormat, ProjectionFormat
 
 logger = logging.getLogger("kbvq")

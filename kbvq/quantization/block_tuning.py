@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kbvq.calibration import LayerRunner, ObservedBank
-from kbvq.errors import NumericalError
-from kbvq.expert_forward import run_bank, stacked_experts
-from kbvq.packing import (
+from kbvq.codes.packing import (
     codeword_places,
     decode_codes,
     decode_factors,
@@ -26,6 +23,9 @@ from kbvq.packing import (
     table_values,
     weight_signs,
 )
+from kbvq.errors import NumericalError
+from kbvq.models.calibration import LayerRunner, ObservedBank
+from kbvq.models.expert_forward import run_bank, stacked_experts
 from kbvq.structures import PROJECTIONS, InputMoments, PackedBank, PackedProjection
 
 TOKENS_PER_STEP = 2048

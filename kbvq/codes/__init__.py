@@ -1,0 +1,1 @@
+"""Code formats: tables, trellis and residual codes, their training and their bytes."""

@@ -1,0 +1,1 @@
+"""Models: find the experts, read a layer, feed it, watch it."""

@@ -1,0 +1,1 @@
+"""A run: sensitivities, plan, the layer loop, tuning."""

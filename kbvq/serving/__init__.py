@@ -1,0 +1,1 @@
+"""Packed experts inside transformers."""
