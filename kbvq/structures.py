@@ -31,10 +31,11 @@ TRELLIS_STATE_BITS = 12
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one stored tensor."""
+    """Shape and dtype of one stored tensor; the lowest and highest value it may hold, where the dtype allows more."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    bounds: tuple[int, int] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -84,6 +85,7 @@ class ProjectionFormat:
     has_column_scale: bool = False
 
     def __post_init__(self) -> None:
+        self._check_fields()
         if self.codebook not in CODEBOOKS:
             raise ConfigError(f"codebook {self.codebook!r} is not known; use one of {', '.join(CODEBOOKS)}")
         if self.codebook == "trellis":
@@ -108,6 +110,17 @@ class ProjectionFormat:
         for name in ("factor_dtype", "codebook_dtype"):
             if getattr(self, name) not in ("float16", "int8"):
                 raise ConfigError(f"{name} must be float16 or int8, not {getattr(self, name)!r}")
+
+    def _check_fields(self) -> None:
+        """What a config.json could hold instead of an integer, a string or a bool, and numbers that count nothing."""
+        types = {"int": int, "str": str, "bool": bool}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not types[str(field.type)]:
+                raise ConfigError(f"{field.name} must be of type {field.type}, not {value!r}")
+            lowest = 0 if field.name == "rank" else 1
+            if type(value) is int and value < lowest:
+                raise ConfigError(f"{field.name} must be at least {lowest}, not {value}")
 
     def _check_trellis(self) -> None:
         bits = self.codebook_size.bit_length() - 1
@@ -159,14 +172,15 @@ class ProjectionFormat:
         else:
             books, tables = self.num_codebooks, self.num_tables
             table = getattr(torch, self.codebook_dtype)
+            bounds = (0 if self.signed else -127, 127) if self.codebook_dtype == "int8" else None
             specs = {
                 "codes": TensorSpec((experts, rows, self.row_bytes), torch.uint8),
-                "codebook": TensorSpec((books, tables, self.codebook_size, self.vector_dim), table),
+                "codebook": TensorSpec((books, tables, self.codebook_size, self.vector_dim), table, bounds),
             }
             if self.codebook_dtype == "int8":
                 specs["codebook_scale"] = TensorSpec((books, tables), torch.float16)
             if self.num_groups > 1:
-                specs["groups"] = TensorSpec((books, self.codebook_size), torch.uint8)
+                specs["groups"] = TensorSpec((books, self.codebook_size), torch.uint8, (0, self.num_groups - 1))
         if self.has_scale:
             specs["scale"] = TensorSpec((experts, rows), torch.float16)
         if self.has_column_scale:
@@ -235,6 +249,8 @@ class BankFormat:
     down_proj: ProjectionFormat
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not all(part for part in self.path.split(".")):
+            raise ConfigError(f"a bank's path must name a module of the model, not {self.path!r}")
         if self.kind not in ("routed", "shared"):
             raise ConfigError(f"{self.path}: kind must be routed or shared, not {self.kind!r}")
         if self.down_proj.has_column_scale and not self.gate_up_proj.has_scale:

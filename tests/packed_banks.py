@@ -1,9 +1,13 @@
 """Random packed banks and what they decode to, written out independently of `kbvq.codes.packing`."""
 
+import json
+
 import torch
 
 from kbvq.codes.packing import pack_stages
 from kbvq.codes.trellis import MULTIPLIERS, TrellisCode, levels
+from kbvq.serving.packed_experts import packed_module
+from kbvq.storage.checkpoint import PackedCheckpointWriter
 from kbvq.structures import BankFormat, PackedBank, PackedProjection, ProjectionFormat
 
 
@@ -95,3 +99,32 @@ def random_bank(path: str, kind: str, experts: int, hidden: int, intermediate: i
     gate_up, _ = random_projection(format.gate_up_proj, seed)
     down, _ = random_projection(format.down_proj, seed + 1000)
     return PackedBank(path, kind, gate_up, down)
+
+
+def put_banks_(model, banks):
+    """Packed modules with these banks where the model's experts were."""
+    for bank in banks:
+        module = packed_module(bank.format, model.get_submodule(bank.path).act_fn, model.config.hidden_act)
+        module.load_bank_(bank)
+        model.set_submodule(bank.path, module)
+
+
+def write_packed(source, out, model, banks):
+    """The packed checkpoint of `model`, whose experts are the banks; one shard per bank, and one for the rest."""
+    formats = [bank.format for bank in banks]
+    writer = PackedCheckpointWriter(out)
+    packed = [bank.state_dict() for bank in banks]
+    banked = {name for tensors in packed for name in tensors} | set(model.all_tied_weights_keys)
+    for tensors in [{k: v for k, v in model.state_dict().items() if k not in banked}, *packed]:
+        writer.add_shard(tensors)
+    config = json.loads((source / "config.json").read_text())
+    quantization_config = {
+        "quant_method": "kbvq",
+        "format_version": 1,
+        "kbvq_version": "0",
+        "recipe": {"name": "random"},
+        "bits_per_weight": 0.0,
+        "code_bits": 0.0,
+        "banks": [bank.to_dict() for bank in formats],
+    }
+    writer.finish(config, quantization_config, formats, source, {})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from load_in_fresh_process import outputs
-from packed_banks import random_bank
+from packed_banks import put_banks_, random_bank, write_packed
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, save_tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3MoeForCausalLM
@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3MoeFo
 from kbvq.errors import CheckpointError, ConfigError
 from kbvq.models.moe_adapters import find_expert_banks
 from kbvq.serving import hf
-from kbvq.serving.packed_experts import PackedBankModule, packed_module
-from kbvq.storage.checkpoint import PackedCheckpointWriter, inspect_checkpoint, read_headers
+from kbvq.serving.packed_experts import PackedBankModule
+from kbvq.storage.checkpoint import inspect_checkpoint, read_headers
 
 TESTS = Path(__file__).parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -48,34 +48,6 @@ def random_banks(arch, model):
         )
         for seed, bank in enumerate(find_expert_banks(model))
     ]
-
-
-def put_banks_(model, banks):
-    for bank in banks:
-        module = packed_module(bank.format, model.get_submodule(bank.path).act_fn, model.config.hidden_act)
-        module.load_bank_(bank)
-        model.set_submodule(bank.path, module)
-
-
-def write_packed(source, out, model, banks):
-    """The packed checkpoint of `model`, whose experts are the banks; one shard per bank, and one for the rest."""
-    formats = [bank.format for bank in banks]
-    writer = PackedCheckpointWriter(out)
-    packed = [bank.state_dict() for bank in banks]
-    banked = {name for tensors in packed for name in tensors} | set(model.all_tied_weights_keys)
-    for tensors in [{k: v for k, v in model.state_dict().items() if k not in banked}, *packed]:
-        writer.add_shard(tensors)
-    config = json.loads((source / "config.json").read_text())
-    quantization_config = {
-        "quant_method": "kbvq",
-        "format_version": 1,
-        "kbvq_version": "0",
-        "recipe": {"name": "random"},
-        "bits_per_weight": 0.0,
-        "code_bits": 0.0,
-        "banks": [bank.to_dict() for bank in formats],
-    }
-    writer.finish(config, quantization_config, formats, source, {})
 
 
 def run(*arguments):

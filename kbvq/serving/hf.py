@@ -10,9 +10,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import kbvq_kernels
 from kbvq.errors import CheckpointError, ConfigError
 from kbvq.serving.packed_experts import packed_module
-from kbvq.storage.checkpoint import FORMAT_VERSION, check_bank_tensors, read_file_headers
+from kbvq.storage.checkpoint import FORMAT_VERSION, check_bank_contents, check_bank_tensors, read_file_headers
 from kbvq.structures import BankFormat
 
 if TYPE_CHECKING:  # importing it loads torch._dynamo and Triton
@@ -47,6 +48,8 @@ class KbvqConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise ConfigError(f"quantization_config has the unknown fields {sorted(unknown)}; upgrade kbvq")
+        if not isinstance(banks, (list, tuple)):
+            raise ConfigError(f"quantization_config lists no banks but {banks!r}; fetch the checkpoint again")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists only its own methods
         self.format_version = format_version
         self.kbvq_version = kbvq_version
@@ -86,9 +89,11 @@ class KbvqQuantizer(HfQuantizer):
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             raise CheckpointError(f"a packed checkpoint is loaded from its .safetensors files, not from {files}")
         headers = read_file_headers(files)
-        for bank in self.quantization_config.bank_formats():
+        banks = self.quantization_config.bank_formats()
+        for bank in banks:
             check_bank_tensors(bank, headers)
             _replace_bank_(model, bank)
+        check_bank_contents(banks, files)
 
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         for name, tensor in model.state_dict().items():
@@ -135,6 +140,9 @@ def _replace_bank_(model: PreTrainedModel, bank: BankFormat) -> None:
                 f"{bank.path}: config.json makes {projection} {list(shape)}, its packed format says "
                 f"{[format.num_experts, format.out_features, format.in_features]}; fetch the checkpoint again"
             )
+        refused = kbvq_kernels.supports(**format.to_dict(), activation=model.config.hidden_act)
+        if refused:
+            raise CheckpointError(f"{bank.path}: {refused}; upgrade kbvq, or quantize the model again")
     with torch.device("meta"):
         model.set_submodule(bank.path, packed_module(bank, module.act_fn, model.config.hidden_act))
 

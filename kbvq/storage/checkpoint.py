@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kbvq.errors import CheckpointError
-from kbvq.structures import PROJECTIONS, BankFormat, tensor_name
+from kbvq.structures import PROJECTIONS, BankFormat, TensorSpec, tensor_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,10 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+_LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors reads no longer one."""
 
 
 class TensorHeader(NamedTuple):
@@ -262,6 +266,36 @@ def check_bank_tensors(bank: BankFormat, headers: Mapping[str, TensorHeader]) ->
             )
 
 
+def check_bank_contents(banks: Iterable[BankFormat], files: Iterable[str | Path]) -> None:
+    """Raises CheckpointError for a value of the banks that is not finite or outside the bounds of its format.
+
+    The kernels look tables up by what is stored: a group that does not exist would be read past them. Codes are not
+    read; any byte is one. `files` are those whose headers `check_bank_tensors` has passed.
+    """
+    stored = [item for bank in banks for item in bank.tensors().items()]
+    specs = {name: spec for name, spec in stored if spec.bounds or spec.dtype.is_floating_point}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in sorted(specs.keys() & set(tensors.keys())):
+                    _check_values(name, specs[name], tensors.get_tensor(name))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}; fetch it again") from error
+
+
+def _check_values(name: str, spec: TensorSpec, tensor: Tensor) -> None:
+    """Raises CheckpointError for a value that is not finite or outside the bounds of `spec`."""
+    if spec.dtype.is_floating_point and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{name} holds values that are NaN or infinite; fetch or quantize the checkpoint again")
+    if spec.bounds and tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < spec.bounds[0] or high > spec.bounds[1]:
+            raise CheckpointError(
+                f"{name} holds values in [{low}, {high}], its format says {list(spec.bounds)}; fetch or quantize the "
+                "checkpoint again"
+            )
+
+
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """What a packed checkpoint holds, from config.json and the headers: bytes are those on disk.
 
@@ -352,28 +386,37 @@ def _read_one_header(file: Path) -> dict[str, TensorHeader]:
         size = os.path.getsize(file)
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= size - 8:
+            if not 0 < length <= min(size - 8, _LONGEST_HEADER):
                 raise CheckpointError(damaged)
-            entries = json.loads(stream.read(length))
+            entries = json.loads(stream.read(length), object_pairs_hook=_without_repeats)
         entries.pop("__metadata__", None)
-        headers = {
-            name: TensorHeader(
-                SAFETENSORS_DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in entries.items()
-        }
+        headers, places = {}, []
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            headers[name] = TensorHeader(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin)
+            places.append((begin, end, name))
+            if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+                raise CheckpointError(f"{damaged} ({name} has no shape and place in the file)")
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}; check the path") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(damaged) from error
-    if size != 8 + length + sum(header.num_bytes for header in headers.values()):
-        raise CheckpointError(damaged)
-    for name, header in headers.items():
-        if header.num_bytes != math.prod(header.shape) * header.dtype.itemsize:
+    filled = 0
+    for begin, end, name in sorted(places):
+        if begin != filled or headers[name].num_bytes != math.prod(headers[name].shape) * headers[name].dtype.itemsize:
             raise CheckpointError(f"{damaged} ({name} does not fill its place)")
+        filled = end
+    if size != 8 + length + filled:
+        raise CheckpointError(damaged)
     return headers
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ; of two equal ones readers disagree which counts."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name is repeated")
+    return values
 
 
 def _quantization_config(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kbvq_kernels.reference import ACTIVATIONS, trellis_codewords, trellis_levels
+from kbvq_kernels.reference import ACTIVATIONS, TRELLIS_STATE_BITS, trellis_codewords, trellis_levels
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +200,62 @@ def _aligned_codes(codes: Tensor, num_vectors: int, plane: int, num_stages: int,
     return torch.cat([F.pad(part, (0, want - part.shape[-1])) for part, want in zip(planes, padded, strict=True)], -1)
 
 
+def _check_shapes(
+    tensors: Mapping[str, Tensor], trellis: bool, int8_table: bool, int8_factors: bool, signed: bool, in_features: int,
+    vector_dim: int, codebook_size: int, num_stages: int, num_groups: int, rank: int,
+) -> None:  # fmt: skip
+    """Raises ValueError unless every tensor that the format needs has the shape that the kernels rely on."""
+    codes = tensors["codes"]
+    if codes.dim() != 3 or codes.dtype != torch.uint8 or in_features < 1 or in_features % vector_dim:
+        raise ValueError(f"codes are uint8 with 3 dimensions, in_features vectors of {vector_dim}; got {codes.dtype} "
+                         f"{list(codes.shape)} and {in_features}")  # fmt: skip
+    if signed and in_features % 8:
+        raise ValueError(f"sign bits need in_features in multiples of 8, not {in_features}")
+    experts, rows, row_bytes = codes.shape
+    shapes: dict[str, tuple[int, ...]] = {}
+    if trellis:
+        bits = codebook_size.bit_length() - 1
+        if row_bytes * 8 % bits or row_bytes * 8 < TRELLIS_STATE_BITS:
+            raise ValueError(f"streams of {row_bytes} bytes hold no whole number of {bits}-bit codes, or no state")
+        shapes["codes"] = experts, in_features, row_bytes
+        rows = row_bytes * 8 // bits
+    else:
+        books = tensors["codebook"].shape[0] if "codebook" in tensors else 1
+        vectors, tables = in_features // vector_dim, 1 + (num_stages - 1) * num_groups
+        if books not in (1, experts):
+            raise ValueError(f"{experts} experts have 1 codebook or {experts}, not {books}")
+        stage_bytes = vectors + (vectors + 1) // 2 * (codebook_size > 256)
+        shapes["codes"] = experts, rows, num_stages * stage_bytes + in_features // 8 * signed
+        shapes["codebook"] = books, tables, codebook_size, vector_dim
+        if int8_table:
+            shapes["codebook_scale"] = books, tables
+        if num_groups > 1:
+            shapes["groups"] = books, codebook_size
+    if rank:
+        shapes |= {"basis": (rank, in_features), "coefficients": (experts, rows, rank)}
+        if int8_factors:
+            shapes |= {"basis_scale": (rank,), "coefficients_scale": (experts, rank)}
+    shapes |= {name: (experts, rows) for name in ("scale", "bias") if name in tensors}
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = list(tensors[name].shape) if name in tensors else "missing"
+            raise ValueError(f"{name} is {found}, the format makes it {list(shape)}; the packed tensors are damaged")
+
+
+def _check_values(tensors: Mapping[str, Tensor], signed: bool, int8_table: bool, num_groups: int) -> None:
+    """Raises ValueError for codewords that the kernels would misread, and groups that would lead them past the tables.
+
+    Codes need no check: 8 bits choose among 256 codewords, 12 among 4096.
+    """
+    lowest = 0 if signed else -127 if int8_table else None
+    if lowest is not None and int(tensors["codebook"].min()) < lowest:
+        raise ValueError(f"a codebook of this format has no values below {lowest}; the packed tensors are damaged")
+    if num_groups > 1 and int(tensors["groups"].max()) >= num_groups:
+        raise ValueError(
+            f"groups holds {int(tensors['groups'].max())}, the format has {num_groups}; the packed tensors are damaged"
+        )
+
+
 def prepare(
     tensors: Mapping[str, Tensor],
     *,
@@ -228,8 +284,9 @@ def prepare(
     bfloat16 weights they stand for, and each then costs one instruction less per weight to unpack.
     A format that is expected to run slower than bfloat16 (`slower_than_bf16`) is named in one warning.
     The scale of int8 tables moves to the row scale and, inversely, to `factor_scale`, all in float32.
-    Raises ValueError for a format that `supports` refuses, and for int8 codewords outside [-127, 127] or, when
-    signed, codewords below 0.
+    Raises ValueError for a format that `supports` refuses, for a tensor that is missing or of another shape than the
+    format's, for int8 codewords outside [-127, 127] or, when signed, codewords below 0, and for groups that have no
+    table.
     """
     reason = supports(
         codebook=codebook,
@@ -245,10 +302,10 @@ def prepare(
     if reason:
         raise ValueError(reason)
     codes = tensors["codes"]
-    if "codebook" in tensors and not codes.is_meta:
-        lowest = 0 if signed else -127 if codebook_dtype == "int8" else None
-        if lowest is not None and int(tensors["codebook"].min()) < lowest:
-            raise ValueError(f"a codebook of this format has no values below {lowest}; the packed tensors are damaged")
+    sizes = in_features, vector_dim, codebook_size, num_stages, num_groups, rank
+    _check_shapes(tensors, codebook == "trellis", codebook_dtype == "int8", factor_dtype == "int8", signed, *sizes)
+    if not codes.is_meta:
+        _check_values(tensors, signed, codebook_dtype == "int8", num_groups)
     device_type = device_type or codes.device.type
     on_cpu = device_type == "cpu"
     reason = slower_than_bf16(

@@ -234,6 +234,31 @@ def test_damaged_codebooks_are_refused():
             prepare(tensors, **fields)
 
 
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({}, {"in_features": 60}, "codes is"),
+        ({}, {"in_features": 0}, "in_features"),
+        ({"num_stages": 2}, {"num_stages": 3}, "codes is"),
+        ({"codebook": "trellis", "codebook_size": 8}, {"codebook_size": 16, "in_features": 32}, "codes is"),
+        ({"codebook": "trellis", "codebook_size": 4}, {"codebook_size": 8}, "no whole number of 3-bit codes"),
+        ({"rank": 3}, {"rank": 4}, "basis is"),
+        ({"codebook": "rq-moe", "num_stages": 2, "num_groups": 2}, {"num_groups": 3}, "codebook is"),
+    ],
+)
+def test_tensors_of_another_shape_than_the_formats_are_refused(options, change, message):
+    tensors, fields = random_projection(2, 16, 64, **options)
+    with pytest.raises(ValueError, match=message):
+        prepare(tensors, **fields | change)
+
+
+@pytest.mark.parametrize("name", ["codebook", "scale", "bias", "basis", "coefficients"])
+def test_a_tensor_that_is_cut_is_refused(name):
+    tensors, fields = random_projection(2, 16, 64, rank=3)
+    with pytest.raises(ValueError, match=f"{name} is .*damaged"):
+        prepare(tensors | {name: tensors[name][..., :-1].contiguous()}, **fields)
+
+
 def test_missing_compiler_is_named_in_the_log(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("KBVQ_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
