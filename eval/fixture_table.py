@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kbvq
 from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
 from kbvq.recipes import make_recipe
-from kbvq_eval.divergence import BaselineCache, score_windows
+from kbvq_eval.baseline import BaselineCache
+from kbvq_eval.divergence import score_windows
 from kbvq_eval.windows import text_windows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,7 +248,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     windows = text_windows((DATA / f"{options.text}.txt").read_text(encoding="utf-8"), tokenizer, WINDOW)
     original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    baseline = BaselineCache(original, windows.tokens, dtype=torch.float16)
+    baseline = BaselineCache.of_model(original, windows.tokens)
     results = []
     if options.output.exists() and not options.fresh:
         results = json.loads(options.output.read_text(encoding="utf-8"))["results"]

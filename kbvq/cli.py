@@ -84,8 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("model", help="folder or hub name of the model to evaluate")
     evaluate.add_argument("--baseline", help="the original model, for differences")
+    evaluate.add_argument("--suite", help="quick, paper, mmlu or all: texts and tasks that belong together")
     evaluate.add_argument(
-        "--perplexity", metavar="FILE", help="UTF-8 text for token perplexity, KL and top-1 agreement"
+        "--perplexity",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="wikitext2, c4 or a UTF-8 file, for token perplexity, KL and top-1 agreement; may be repeated",
     )
     evaluate.add_argument("--tasks", default="", help="lm-eval tasks, separated by commas")
     evaluate.add_argument("--include-path", metavar="DIR", help="folder of local lm-eval tasks")
@@ -94,7 +99,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, help="windows, or task requests, per forward")
     evaluate.add_argument("--device", help="cpu, cuda, … or auto (default: cuda where there is one)")
     evaluate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
-    evaluate.add_argument("--json", metavar="FILE", help="write the results there")
+    evaluate.add_argument(
+        "--generation",
+        action="store_true",
+        help="tokens/s, memory and continuations too (a suite measures them always)",
+    )
+    evaluate.add_argument(
+        "--json", metavar="FILE", help="write the results there; an interrupted run goes on from FILE.partial"
+    )
+
+    harness = commands.add_parser(
+        "lm-eval", help="lm-eval's own command line with the model kbvq", add_help=False, prefix_chars="\0"
+    )
+    harness.set_defaults(run=_harness, quiet=True)
+    harness.add_argument("arguments", nargs=argparse.REMAINDER)
 
     inspect = commands.add_parser("inspect", parents=[common], help="bits and bytes of a packed checkpoint")
     inspect.set_defaults(run=_inspect)
@@ -138,16 +156,24 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate(
         options.model,
         baseline=options.baseline,
+        suite=options.suite,
         perplexity=options.perplexity,
         tasks=[task for task in options.tasks.split(",") if task],
         include_path=options.include_path,
         limit=options.limit,
         window=options.window,
         batch_size=options.batch_size,
+        generation=options.generation,
         device=options.device,
         dtype=options.dtype,
         json_path=options.json,
     )
+
+
+def _harness(options: argparse.Namespace) -> None:
+    from kbvq_eval.harness import main as lm_eval_main
+
+    lm_eval_main(options.arguments)
 
 
 def _inspect(options: argparse.Namespace) -> None:

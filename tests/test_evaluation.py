@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_tokenizer
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from kbvq.errors import CheckpointError, ConfigError, NumericalError
-from kbvq_eval import divergence
-from kbvq_eval.divergence import BaselineCache, score_windows
+from kbvq_eval import divergence, run
+from kbvq_eval.baseline import BaselineCache
+from kbvq_eval.divergence import score_windows
+from kbvq_eval.generation import measure_generation
 from kbvq_eval.run import evaluate
+from kbvq_eval.suites import SUITES, task_means
+from kbvq_eval.tasks import run_tasks
 from kbvq_eval.windows import default_window, text_windows
 
 VOCAB_SIZE = 61
@@ -92,7 +98,8 @@ def naive_scores(model: LlamaForCausalLM, baseline: LlamaForCausalLM, windows: t
 def test_scores_match_a_naive_loop(model, baseline, windows, batch_size, row_elements, monkeypatch):
     monkeypatch.setattr(divergence, "ROW_ELEMENTS", row_elements)
     expected = naive_scores(model, baseline, windows)
-    scores = score_windows(model, windows, baseline=baseline, batch_size=batch_size)
+    cache = BaselineCache.of_model(baseline, windows, batch_size=batch_size)
+    scores = score_windows(model, windows, baseline=cache, batch_size=batch_size)
     for name, values in expected.items():
         # float32 forwards and softmax: about 1e-6 of values of order 1 to 10.
         torch.testing.assert_close(getattr(scores, name), torch.tensor(values).double(), rtol=1e-5, atol=1e-5)
@@ -109,7 +116,7 @@ def test_perplexity_without_a_baseline(model, windows):
 
 
 def test_a_model_does_not_diverge_from_itself(model, windows):
-    scores = score_windows(model, windows, baseline=model)
+    scores = score_windows(model, windows, baseline=BaselineCache.of_model(model, windows))
     assert torch.equal(scores.kl, torch.zeros(7, dtype=torch.float64))
     assert torch.equal(scores.delta_nll, torch.zeros(7, dtype=torch.float64))
     assert torch.equal(scores.agreement, torch.ones(7, dtype=torch.float64))
@@ -120,30 +127,19 @@ def test_kl_is_of_the_model_from_the_baseline_and_not_reversed(model, baseline, 
         log_q, log_p = (m(input_ids=windows).logits[:, :-1].double().log_softmax(-1) for m in (model, baseline))
     expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean(-1)
     reverse = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).mean(-1)
-    kl = score_windows(model, windows, baseline=baseline).kl
+    kl = score_windows(model, windows, baseline=BaselineCache.of_model(baseline, windows)).kl
     torch.testing.assert_close(kl, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(kl, reverse, rtol=1e-2)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
-def test_cached_baseline_scores_like_the_model(model, baseline, windows, dtype, tolerance):
-    direct = score_windows(model, windows, baseline=baseline)
-    cached = score_windows(model, windows, baseline=BaselineCache(baseline, windows, batch_size=2, dtype=dtype))
-    for name in ("nll", "baseline_nll", "kl"):
-        torch.testing.assert_close(getattr(cached, name), getattr(direct, name), rtol=tolerance, atol=tolerance)
-
-
-def test_cache_refuses_other_windows_and_too_much_memory(model, baseline, windows):
-    cache = BaselineCache(baseline, windows)
+def test_cache_of_other_windows_is_refused(model, baseline, windows):
     with pytest.raises(ConfigError, match="other windows"):
-        score_windows(model, windows + 1, baseline=cache)
-    with pytest.raises(ConfigError, match="limit"):
-        BaselineCache(baseline, windows, max_bytes=7 * (WINDOW - 1) * VOCAB_SIZE * 4 - 1)
+        score_windows(model, windows + 1, baseline=BaselineCache.of_model(baseline, windows))
 
 
 def test_vocabularies_must_agree(model, windows):
     with pytest.raises(ConfigError, match="vocabulary has 77 entries, the model's 61"):
-        score_windows(model, windows, baseline=random_model(3, vocab_size=77))
+        score_windows(model, windows, baseline=BaselineCache.of_model(random_model(3, vocab_size=77), windows))
 
 
 def test_logits_that_are_not_finite_are_named(windows):
@@ -157,7 +153,7 @@ def test_logits_that_are_not_finite_are_named(windows):
 
 
 def test_standard_errors_are_over_windows_and_paired(model, baseline, windows):
-    scores = score_windows(model, windows, baseline=baseline)
+    scores = score_windows(model, windows, baseline=BaselineCache.of_model(baseline, windows))
     summary = scores.summary()
     values = (scores.nll - scores.baseline_nll).tolist()
     mean = sum(values) / 7
@@ -213,7 +209,7 @@ def saved_models(tmp_path_factory, tokenizer) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def short_text(tmp_path_factory, data) -> Path:
     path = tmp_path_factory.mktemp("text") / "short.txt"
-    path.write_text((data / "test.txt").read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    path.write_text((data / "test.txt").read_text(encoding="utf-8")[:1000], encoding="utf-8")
     return path
 
 
@@ -223,7 +219,7 @@ def test_evaluate_prints_a_table_and_writes_json(saved_models, short_text, data,
     result = evaluate(
         model,
         baseline=baseline,
-        perplexity=str(short_text),
+        perplexity=[str(short_text)],
         tasks=["fixture_cloze"],
         include_path=str(data / "tasks"),
         limit=6,
@@ -233,7 +229,8 @@ def test_evaluate_prints_a_table_and_writes_json(saved_models, short_text, data,
     )
     assert json.loads(out.read_text()) == result
 
-    text = result["perplexity"]
+    assert not out.with_name("eval.json.partial").exists()
+    text = result["perplexity"]["short.txt"]
     loaded = [LlamaForCausalLM.from_pretrained(folder) for folder in saved_models]
     tokens = text_windows(short_text.read_text(), AutoTokenizer.from_pretrained(model), 32).tokens
     with torch.no_grad():
@@ -256,9 +253,9 @@ def test_evaluate_prints_a_table_and_writes_json(saved_models, short_text, data,
 
 
 def test_evaluate_a_single_model(saved_models, short_text, capsys):
-    result = evaluate(saved_models[0], perplexity=str(short_text), window=32, device="cpu", dtype="bfloat16")
+    result = evaluate(saved_models[0], perplexity=[str(short_text)], window=32, device="cpu", dtype="bfloat16")
     assert result["baseline"] is None and result["tasks"] == {}
-    assert "kl" not in result["perplexity"]
+    assert "kl" not in result["perplexity"]["short.txt"]
     assert "difference" not in capsys.readouterr().out
 
 
@@ -266,11 +263,13 @@ def test_evaluate_a_single_model(saved_models, short_text, capsys):
     ("options", "message"),
     [
         ({}, "nothing to evaluate"),
-        ({"perplexity": "missing.txt"}, "cannot read the text missing.txt"),
-        ({"perplexity": __file__, "dtype": "int3"}, "dtype int3"),
-        ({"perplexity": __file__, "limit": 0}, "limit is 0; it must be at least 1"),
-        ({"perplexity": __file__, "batch_size": -1}, "batch size is -1"),
-        ({"perplexity": __file__, "window": 100000}, "less than one window of 100000"),
+        ({"perplexity": ["missing.txt"]}, "cannot read the text missing.txt"),
+        ({"perplexity": [__file__], "dtype": "int3"}, "dtype int3"),
+        ({"perplexity": [__file__], "limit": 0}, "limit is 0; it must be at least 1"),
+        ({"perplexity": [__file__], "batch_size": -1}, "batch size is -1"),
+        ({"perplexity": [__file__], "window": 100000}, "less than one window of 100000"),
+        ({"suite": "papers"}, "suite papers is not one of quick, paper, mmlu, all"),
+        ({"tasks": ["any"], "generation": True}, "generation continues a text"),
     ],
 )
 def test_evaluate_refuses_bad_options(saved_models, options, message):
@@ -280,11 +279,98 @@ def test_evaluate_refuses_bad_options(saved_models, options, message):
 
 def test_evaluate_names_a_model_that_is_not_there(tmp_path, short_text):
     with pytest.raises(CheckpointError, match="cannot load .*absent"):
-        evaluate(str(tmp_path / "absent"), perplexity=str(short_text), device="cpu")
+        evaluate(str(tmp_path / "absent"), perplexity=[str(short_text)], device="cpu")
 
 
 def test_evaluate_refuses_a_tokenizer_of_another_model(tmp_path, tokenizer, short_text):
     random_model(7, vocab_size=100).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="the model's own tokenizer"):
-        evaluate(str(tmp_path), perplexity=str(short_text), window=32, device="cpu")
+        evaluate(str(tmp_path), perplexity=[str(short_text)], window=32, device="cpu")
+
+
+def test_baselines_that_cannot_be_compared_are_refused_before_one_is_loaded(
+    saved_models, short_text, tmp_path, tokenizer
+):
+    random_model(8, vocab_size=len(tokenizer) + 3).save_pretrained(tmp_path / "larger")
+    tokenizer.save_pretrained(tmp_path / "larger")
+    (tmp_path / "larger" / "model.safetensors").unlink()  # nothing loads it
+    tiny_tokenizer(len(tokenizer)).save_pretrained(tmp_path / "other")
+    shutil.copy(Path(saved_models[1]) / "config.json", tmp_path / "other")
+    common = {"perplexity": [str(short_text)], "window": 32, "device": "cpu"}
+    with pytest.raises(ConfigError, match=f"baseline's vocabulary has {len(tokenizer) + 3} entries"):
+        evaluate(saved_models[0], baseline=str(tmp_path / "larger"), **common)
+    with pytest.raises(ConfigError, match="cut short.txt into different tokens"):
+        evaluate(saved_models[0], baseline=str(tmp_path / "other"), **common)
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_is_missing(saved_models, short_text, data, tmp_path, monkeypatch):
+    out = tmp_path / "eval.json"
+    options = dict(
+        baseline=saved_models[1],
+        perplexity=[str(short_text)],
+        tasks=["fixture_cloze", "fixture_lastword"],
+        include_path=str(data / "tasks"),
+        limit=1,
+        window=32,
+        device="cpu",
+    )
+    expected = evaluate(saved_models[0], **options)
+    ran = []
+
+    def counted(model, tokenizer, selection, **settings):
+        ran.append(*selection)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return run_tasks(model, tokenizer, selection, **settings)
+
+    monkeypatch.setattr(run, "run_tasks", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(saved_models[0], json_path=str(out), **options)
+    assert not out.exists() and ran == ["fixture_cloze", "fixture_lastword"] * 2
+    monkeypatch.setattr(run, "score_windows", None)  # the text is finished: nothing may measure it again
+    assert evaluate(saved_models[0], json_path=str(out), **options) == expected
+    assert ran[4:] == ["fixture_lastword"]
+
+
+def test_data_that_is_not_there_names_the_cache_to_fill(saved_models, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="Salesforce/wikitext could not be loaded.*must be in the cache .*cache"):
+        evaluate(saved_models[0], perplexity=["wikitext2"], device="cpu")
+
+
+def test_generation_continues_greedily_and_counts_bytes(model, tokenizer, windows):
+    found = measure_generation(random_model(5, vocab_size=len(tokenizer)), tokenizer, windows)
+    reference = random_model(5, vocab_size=len(tokenizer))
+    for prompt, written in zip(windows, found["continuations"], strict=False):
+        ids = prompt[:6].tolist()
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(reference(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert written == {"prompt": tokenizer.decode(ids[:6]), "continuation": tokenizer.decode(ids[6:])}
+    assert found["weight_bytes"] >= 4 * sum(parameter.numel() for parameter in reference.parameters())
+    assert found["prefill_tokens_per_second"] > 0 and found["decode_tokens_per_second"] > 0
+
+
+def metric(model: float, baseline: float, stderr: float) -> dict:
+    values = {"model": model, "baseline": baseline, "difference": model - baseline}
+    return {name: {"value": value, "stderr": stderr} for name, value in values.items()}
+
+
+def test_means_with_and_without_lambada():
+    tasks = {
+        "arc_easy": {"metrics": {"acc": metric(0.5, 0.6, 0.03), "acc_norm": metric(0.4, 0.5, 0.03)}},
+        "lambada_openai": {"metrics": {"acc": metric(0.7, 0.6, 0.04), "perplexity": metric(9, 8, 1)}},
+        "winogrande": {"metrics": {"acc": metric(0.6, 0.9, 0.0)}},
+        "wikitext": {"metrics": {"word_perplexity": metric(9, 8, 1)}},
+    }
+    means = task_means(tasks)
+    assert means["mean of 3 tasks, acc"]["model"] == {"value": pytest.approx(0.6), "stderr": pytest.approx(0.05 / 3)}
+    assert means["mean of 3 tasks, acc_norm"]["baseline"]["value"] == pytest.approx(2 / 3)
+    assert means["mean of 2 tasks without LAMBADA, acc"]["difference"]["value"] == pytest.approx(-0.2)
+    assert len(means) == 4
+
+
+def test_paper_suite_has_the_seven_tasks_whose_mean_is_quoted():
+    tasks = {task: {"metrics": {"acc": metric(0.5, 0.6, 0.03)}} for task in SUITES["paper"].tasks}
+    assert len(tasks) == 10 and "mean of the paper's 7 tasks, acc" in task_means(tasks)

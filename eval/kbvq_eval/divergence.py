@@ -6,23 +6,19 @@ difference is some ten times smaller than that of either mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from kbvq.errors import ConfigError, NumericalError
+from kbvq_eval.baseline import BaselineCache, chosen_experts, routed_paths
+from kbvq_eval.windows import window_batches
 
 ROW_ELEMENTS = 1 << 25
 """Logits turned to float32 log-probabilities at a time (128 MiB a copy): bounds memory at any window and vocabulary."""
-
-TOKENS_PER_BATCH = 2048
-
-WindowLogits = Callable[[int, int], Tensor]
-"""(start, stop) of a range of windows -> logits, or log-probabilities, [stop - start, window - 1, vocab_size]."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +26,15 @@ class WindowScores:
     """Scores of a model, each [num_windows] float64 on CPU and a mean over the window's predicted tokens.
 
     nll: negative log-likelihood in nats. With a baseline also baseline_nll, kl = KL(baseline ‖ model) in nats, and
-    agreement = share of tokens where both have the same most likely next token.
+    agreement = share of tokens where both have the same most likely next token. router_agreement: by path of a bank,
+    the share of the experts that the baseline chose that the model chose too; empty where either has no banks there.
     """
 
     nll: Tensor
     baseline_nll: Tensor | None = None
     kl: Tensor | None = None
     agreement: Tensor | None = None
+    router_agreement: dict[str, float] = field(default_factory=dict)
 
     @property
     def delta_nll(self) -> Tensor | None:
@@ -61,78 +59,47 @@ def mean_stderr(values: Tensor) -> tuple[float, float | None]:
     return values.mean().item(), stderr
 
 
-class BaselineCache:
-    """A baseline's log-probabilities on one set of windows, for scoring many models against it.
-
-    Holds [num_windows, window - 1, vocab_size] on CPU in `dtype`. float16 halves the memory; its rounding (2⁻¹¹ of each
-    log-probability) has no sign, so over 88k tokens KL moved by 5e-7 and NLL by 4e-6 nats, and agreement by 5e-4
-    through near ties.
-    Raises ConfigError above `max_bytes`.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        baseline: nn.Module,
-        tokens: Tensor,
-        *,
-        batch_size: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        max_bytes: int = 4 << 30,
-    ) -> None:
-        num_windows, window = tokens.shape
-        vocab_size = baseline.get_output_embeddings().weight.shape[0]
-        needed = num_windows * (window - 1) * vocab_size * dtype.itemsize
-        if needed > max_bytes:
-            raise ConfigError(
-                f"caching the baseline's log-probabilities needs {needed / 2**30:.1f} GiB, the limit is "
-                f"{max_bytes / 2**30:.1f}; score fewer windows, or pass the baseline model itself"
-            )
-        self.tokens = tokens
-        self.log_probs = torch.empty(num_windows, window - 1, vocab_size, dtype=dtype)
-        logits = _model_logits(baseline, tokens)
-        for start, stop in _batches(tokens, batch_size, "baseline"):
-            rows, cached = logits(start, stop).flatten(0, 1), self.log_probs[start:stop].flatten(0, 1)
-            for part in _row_slices(rows):
-                cached[part] = rows[part].float().log_softmax(-1)
-
-    def __call__(self, start: int, stop: int) -> Tensor:
-        return self.log_probs[start:stop]
-
-
 @torch.no_grad()
 def score_windows(
     model: nn.Module,
     tokens: Tensor,
     *,
-    baseline: nn.Module | BaselineCache | None = None,
+    baseline: BaselineCache | None = None,
     batch_size: int | None = None,
 ) -> WindowScores:
-    """Score `model` on windows [num_windows, window] int64; against `baseline` if one is given.
+    """Score `model` on windows [num_windows, window] int64; against `baseline`, of the same windows, if one is given.
 
-    model, baseline: causal language models of transformers (logits in any dtype, evaluated here in float32), in
-    evaluation mode; the baseline may be a BaselineCache of the same windows. batch_size: windows per forward,
-    default 2048 tokens' worth. Raises ConfigError when the vocabularies or windows differ, NumericalError on logits
-    that are not finite.
+    model: causal language model of transformers (logits in any dtype, evaluated here in float32), in evaluation mode.
+    batch_size: windows per forward, default 2048 tokens' worth. Raises ConfigError when the vocabularies or windows
+    differ, NumericalError on logits that are not finite.
     """
-    if isinstance(baseline, BaselineCache) and not torch.equal(baseline.tokens, tokens):
+    if baseline is not None and not torch.equal(baseline.tokens, tokens):
         raise ConfigError("the baseline cache was made on other windows; make it from the windows that are scored")
-    model_logits = _model_logits(model, tokens)
-    baseline_logits: WindowLogits | None = (
-        _model_logits(baseline, tokens) if isinstance(baseline, nn.Module) else baseline
-    )
+    device = model.get_input_embeddings().weight.device
+    shared = [] if baseline is None else [path for path in routed_paths(model) if path in baseline.routing]
     batches = []
-    for start, stop in _batches(tokens, batch_size, "perplexity"):
-        reference = None if baseline_logits is None else baseline_logits(start, stop)
-        scores = _token_scores(model_logits(start, stop), tokens[start:stop, 1:], reference)
-        bad = (~scores.isfinite()).any(0).any(-1).nonzero()
-        if len(bad):
-            raise NumericalError(
-                f"window {start + bad[0].item()}: logits of the model or its baseline are not finite; "
-                "evaluate in another dtype, or look for damaged weights"
-            )
-        batches.append(scores.mean(-1))
-    return WindowScores(*torch.cat(batches, dim=1))
+    with chosen_experts(model, shared, tokens) as chosen:
+        for start, stop in window_batches(tokens, batch_size, "perplexity"):
+            logits = model(input_ids=tokens[start:stop].to(device), use_cache=False).logits[:, :-1]
+            if baseline is not None and start == 0:
+                baseline = baseline.to(logits.device)
+            reference = None if baseline is None else baseline.logits(start, stop, logits.device)
+            scores = _token_scores(logits, tokens[start:stop, 1:], reference)
+            bad = (~scores.isfinite()).any(0).any(-1).nonzero()
+            if len(bad):
+                raise NumericalError(
+                    f"window {start + bad[0].item()}: logits of the model or its baseline are not finite; "
+                    "evaluate in another dtype, or look for damaged weights"
+                )
+            batches.append(scores.mean(-1))
+    routing = {} if baseline is None else baseline.routing
+    agreement = {path: _overlap(experts, routing[path]) for path, experts in chosen.by_path().items()}
+    return WindowScores(*torch.cat(batches, dim=1), router_agreement=agreement)
+
+
+def _overlap(chosen: Tensor, reference: Tensor) -> float:
+    """Mean share of the reference's experts that were chosen, order aside; both [windows, window, top_k]."""
+    return (reference[..., :, None] == chosen[..., None, :]).any(-1).double().mean().item()
 
 
 def _token_scores(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
@@ -157,23 +124,7 @@ def _token_scores(logits: Tensor, targets: Tensor, reference: Tensor | None) -> 
     return torch.cat(parts, dim=1).view(-1, *targets.shape)
 
 
-def _model_logits(model: nn.Module, tokens: Tensor) -> WindowLogits:
-    device = model.get_input_embeddings().weight.device
-
-    def logits(start: int, stop: int) -> Tensor:
-        return model(input_ids=tokens[start:stop].to(device), use_cache=False).logits[:, :-1]
-
-    return logits
-
-
 def _row_slices(rows: Tensor) -> Iterator[slice]:
     """Slices of [rows, vocab_size] of at most ROW_ELEMENTS elements, or one row."""
     step = max(1, ROW_ELEMENTS // rows.shape[-1])
     return (slice(start, start + step) for start in range(0, len(rows), step))
-
-
-def _batches(tokens: Tensor, batch_size: int | None, description: str) -> Iterator[tuple[int, int]]:
-    num_windows, window = tokens.shape
-    step = batch_size or max(1, TOKENS_PER_BATCH // window)
-    for start in tqdm(range(0, num_windows, step), desc=description, disable=None):
-        yield start, min(start + step, num_windows)

@@ -6,8 +6,12 @@ A task is lm-eval's own by name, or a YAML file below `include_path`, which then
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kbvq.errors import ConfigError
+from kbvq_eval.texts import missing_data
 
 BOOTSTRAP_ITERATIONS = 1000
 """For metrics whose standard error lm-eval bootstraps; that of an accuracy is analytic."""
@@ -43,19 +48,36 @@ class TaskResult:
     total: int | None
     metrics: dict[str, Metric]
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TaskResult:
+        """Inverse of `dataclasses.asdict`, by way of JSON."""
+        metrics = {
+            name: Metric(m["value"], m["stderr"], None if m["per_item"] is None else tuple(m["per_item"]))
+            for name, m in data["metrics"].items()
+        }
+        return cls(data["items"], data["total"], metrics)
+
 
 @dataclass(frozen=True)
 class TaskSelection:
-    """Tasks that exist: what lm-eval's `simple_evaluate` takes as `tasks` and `task_manager`."""
+    """Tasks whose data is there. loaded: by the name that was asked for, lm-eval's task and group objects (several
+    for a tag). manager: lm-eval's."""
 
-    specs: list[str | dict[str, Any]]
+    loaded: dict[str, list[Any]]
     manager: Any
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.loaded)
+
+    def only(self, task: str) -> TaskSelection:
+        return TaskSelection({task: self.loaded[task]}, self.manager)
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> TaskSelection:
-    """Look up tasks by name, before any model is loaded.
+    """Look up tasks by name and load their data, before any model is loaded.
 
-    Raises ConfigError for an unknown task, a missing include path, or when lm-eval is not installed.
+    Raises ConfigError for an unknown task, one whose data cannot be had, a missing include path, or when lm-eval is not
+    installed.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -70,7 +92,16 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ConfigError(_unknown_task_message(unknown[0], include_path, local, manager.all_tasks))
-    return TaskSelection([_task_spec(local[task]) if task in local else task for task in tasks], manager)
+    loaded = {}
+    for task in dict.fromkeys(tasks):
+        spec = _task_spec(local[task]) if task in local else task
+        try:
+            with quiet_harness():
+                found = manager.load([spec])
+        except (OSError, ValueError) as error:
+            raise missing_data(f"the data of task {task}", error) from error
+        loaded[task] = [found["groups"][task]] if task in found["groups"] else list(found["tasks"].values())
+    return TaskSelection(loaded, manager)
 
 
 def run_tasks(
@@ -89,15 +120,17 @@ def run_tasks(
     """
     selection = tasks if isinstance(tasks, TaskSelection) else find_tasks(tasks, include_path)
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
-    output = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
-        tasks=selection.specs,
-        task_manager=selection.manager,
-        limit=limit,
-        bootstrap_iters=BOOTSTRAP_ITERATIONS,
-    )
+    from kbvq_eval.harness import KbvqLM
+
+    with quiet_harness():
+        output = lm_eval.simple_evaluate(
+            model=KbvqLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+            tasks=[item for items in selection.loaded.values() for item in items],
+            task_manager=selection.manager,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+        )
     counts, samples = output["n-samples"], output["samples"]
     return {
         task: TaskResult(
@@ -107,6 +140,23 @@ def run_tasks(
         )
         for task, values in output["results"].items()
     }
+
+
+@contextlib.contextmanager
+def quiet_harness() -> Iterator[None]:
+    """lm-eval logs errors alone, what it loads data with warnings too, and progress bars are drawn only on a
+    terminal."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "httpx", "fsspec", "filelock")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR if logger.name == "lm_eval" else logging.WARNING)
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with bars:  # log handlers keep the stream that they were made with
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def local_tasks(include_path: str | Path) -> dict[str, Path]:

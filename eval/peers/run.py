@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kbvq.models.calibration_text import calibration_windows, load_texts
-from kbvq_eval.divergence import BaselineCache, score_windows
+from kbvq_eval.baseline import BaselineCache
+from kbvq_eval.divergence import score_windows
 from kbvq_eval.windows import text_windows
 
 HERE = Path(__file__).resolve().parent
@@ -209,7 +210,8 @@ def main() -> None:
     work, model = args.work.resolve(), args.model.resolve()
 
     test = text_windows(args.test.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(model), WINDOW)
-    baseline = BaselineCache(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), test.tokens)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    baseline = BaselineCache.of_model(original, test.tokens)
     for bits in args.bits:
         for peer in args.peer:
             # Nothing is drawn when rounding to nearest.

@@ -191,7 +191,7 @@ class LayerStream:
             for bank_path, module in originals.items():
                 self.model.set_submodule(bank_path, module)
             self._layers[index].to("meta")
-            _return_freed_memory()
+            return_freed_memory()
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -345,7 +345,7 @@ class LayerStream:
             for name in names:
                 owner, _, leaf = name.rpartition(".")
                 self._put(self.model.get_submodule(owner), leaf, self._skeleton[name])
-            _return_freed_memory()
+            return_freed_memory()
 
     @staticmethod
     def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -376,7 +376,7 @@ class _LayersPassed(Exception):
     """Ends the model's forward once the inputs of its last layer are recorded."""
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give freed heap pages back to the system, where the C library has a call for it (glibc).
 
     Without it the process grows with the number of layers: glibc does not reuse a freed block for an aligned allocation
