@@ -53,7 +53,8 @@ def test_imports_point_down(path):
             )
     if room(path) in TORCH_ALONE:
         foreign = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
-        assert foreign <= {"torch", "kbvq", "safetensors", "tqdm"}
+        # of kbvq_kernels the searches compiled for the CPU (kbvq.codes)
+        assert foreign <= {"torch", "kbvq", "kbvq_kernels", "safetensors", "tqdm"}
 
 
 def test_kernels_and_evaluation_stay_on_their_side():

@@ -7,8 +7,24 @@ from scipy.stats import norm
 
 from kbvq.codes.trellis import MULTIPLIERS, TrellisCode, levels
 from kbvq.errors import ConfigError, NumericalError
+from kbvq_kernels import encode as compiled
 
-TINY = [(TrellisCode(1, 4), 10), (TrellisCode(2, 4), 6)]  # and a length of which all paths can be tried
+# and a length of which all paths can be tried; the second has too few states for the compiled search
+TINY = [(TrellisCode(1, 4), 10), (TrellisCode(2, 4), 6), (TrellisCode(3, 6), 4)]
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    monkeypatch.setattr(compiled, "library", lambda: None)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def search(request):
+    """Both searches; a test machine without a compiler would fail here, by name."""
+    if request.param == "torch":
+        request.getfixturevalue("in_torch")
+    else:
+        assert compiled.library() is not None, "no C++ compiler"
 
 
 def unit_gaussian(count: int, length: int, seed: int) -> torch.Tensor:
@@ -72,6 +88,7 @@ def test_codewords_follow_the_integer_formula(bits):
     assert counts.max() <= 2 * 4096 // 256
 
 
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize(("code", "length"), TINY)
 def test_free_search_is_optimal(code, length):
     values, weights = tiny_problem(length)
@@ -87,6 +104,7 @@ def test_free_search_is_optimal(code, length):
     torch.testing.assert_close(cost(code, found, values, weights), optimum, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize(("code", "length"), TINY)
 def test_closed_search_is_optimal_for_its_seam_and_encode_close_to_the_best_seam(code, length):
     values, weights = tiny_problem(length)
@@ -107,6 +125,51 @@ def test_closed_search_is_optimal_for_its_seam_and_encode_close_to_the_best_seam
     # The seam is a guess, and it fixes up to a third of the codes of so short a sequence.
     assert (excess < 1e-6).float().mean() > 0.5
     assert excess.sum() < 0.5 * optimum.sum()
+
+
+@pytest.mark.parametrize(
+    ("bits", "state_bits", "length"),
+    [(1, 4, 9), (1, 12, 60), (2, 8, 50), (2, 12, 80), (2, 12, 7), (3, 12, 60), (3, 9, 40), (4, 12, 40), (4, 8, 60)],
+)
+def test_compiled_search_finds_the_codes_of_the_one_in_torch(monkeypatch, bits, state_bits, length):
+    """Both are exact up to the rounding of costs, which decides ties: of random values hardly any."""
+    code = TrellisCode(bits, state_bits)
+    values = unit_gaussian(5, length, seed=bits)
+    values[0] *= 5  # farther out than any level
+    weights = torch.rand(5, length, generator=torch.Generator().manual_seed(8)).square()
+    weights[2, : length // 2] = 0
+    seam = torch.randint(1 << state_bits, (5,), generator=torch.Generator().manual_seed(9))
+
+    def codes_and_costs():
+        codes = [code.encode(values), code.encode(values, weights)]
+        decoded = [(w * (values - code.decode(c)).square()).sum(1) for c, w in zip(codes, (1, weights), strict=True)]
+        paths = [code.best_path(values, weights, s) for s in (None, seam)]
+        return codes, torch.stack(decoded + [cost(code, path, values, weights).float() for path in paths])
+
+    found, costs = codes_and_costs()
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    expected, expected_costs = codes_and_costs()
+    # in the second sequence half of the values do not count, and all paths between the others cost the same
+    counted = [torch.ones_like(weights, dtype=torch.bool), weights > 0]
+    for ours, theirs, mask in zip(found, expected, counted, strict=True):
+        assert (ours == theirs)[mask].float().mean() > 0.99
+    torch.testing.assert_close(costs, expected_costs, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_search_stays_exact_over_long_sequences_and_does_not_depend_on_the_others():
+    code = TrellisCode(2, 8)
+    values = unit_gaussian(3, 20_000, seed=12)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        codes = code.encode(values)
+    finally:
+        torch.set_num_threads(threads)
+    for sequence, alone in zip(codes, values, strict=True):
+        assert torch.equal(code.encode(alone[None])[0], sequence)
+    # An error of the costs that grew with the length would show in the second half.
+    halves = (values - code.decode(codes)).square().unflatten(1, (2, -1)).mean((0, 2))
+    torch.testing.assert_close(halves[0], halves[1], rtol=0.02, atol=0)
 
 
 def test_closing_a_sequence_costs_little():
@@ -173,6 +236,7 @@ def test_weighted_values_are_coded_better():
     assert torch.equal(code.encode(values, torch.full_like(values, 4.0)), code.encode(values))
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_working_memory_for_fewer_sequences_splits_the_batch_and_changes_nothing():
     code = TrellisCode(2, 8)
     values = unit_gaussian(7, 64, seed=4)
@@ -189,10 +253,12 @@ def test_working_memory_for_fewer_sequences_splits_the_batch_and_changes_nothing
         )
 
 
+@pytest.mark.usefixtures("search")
 def test_no_sequences_give_no_codes():
     assert TrellisCode(2).encode(torch.zeros(0, 512)).shape == (0, 512)
 
 
+@pytest.mark.usefixtures("search")
 def test_inputs_are_not_changed():
     values, weights = tiny_problem(12)
     before = values.clone(), weights.clone()
@@ -222,8 +288,12 @@ def test_bad_values_are_refused():
         code.encode(good[0])
     with pytest.raises(ConfigError, match=r"\[2, 8\].*\[2, 16\]"):
         code.encode(good, torch.ones(2, 8))
+
+
+@pytest.mark.usefixtures("in_torch")
+def test_too_little_working_memory_is_refused():
     with pytest.raises(ConfigError, match="too small"):
-        code.encode(good, scratch=torch.zeros(100))
+        TrellisCode(3).encode(torch.zeros(2, 16), scratch=torch.zeros(100))
 
 
 def test_bad_codes_are_refused():

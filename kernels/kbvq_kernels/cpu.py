@@ -7,71 +7,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kbvq_kernels.build import compiled_library
 from kbvq_kernels.prepared import PreparedProjection
 from kbvq_kernels.reference import ACTIVATIONS, trellis_states, weight_signs
-
-logger = logging.getLogger(__name__)
-
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 
 DECODE_TOKENS = 16
 """Up to this many tokens of one expert are multiplied while decoding; above, its rows are decoded once for F.linear."""
 
 
-def cache_dir() -> Path:
-    """$KBVQ_CACHE, else kbvq_kernels below $XDG_CACHE_HOME or ~/.cache."""
-    if "KBVQ_CACHE" in os.environ:
-        return Path(os.environ["KBVQ_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kbvq_kernels"
-
-
-def _processor() -> str:
-    """What -march=native depends on: a cache shared between machines keeps one library for each kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled decoder, built on first use with $CXX, g++ or c++; None, and a warning, when that cannot be."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
-        logger.warning("kbvq: no C++ compiler found; experts decode with torch.embedding on the CPU (slower)")
-        return None
-    source = Path(__file__).with_name("cpu_decode.cpp")
-    key = hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    path = cache_dir() / f"cpu_decode-{key}.so"
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                built = Path(folder) / "cpu_decode.so"
-                command = [compiler, *FLAGS, str(source), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                built.replace(path)
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        logger.warning("kbvq: experts decode with torch.embedding on the CPU (slower): %s failed: %s", compiler, detail)
-        return None
-    logger.info("kbvq: experts decode with %s (compiled by %s) on the CPU", path, compiler)
-    return loaded
+    """The compiled decoder, built on first use; None, and a warning, when that cannot be."""
+    return compiled_library("cpu_decode", task="experts decode", otherwise="torch.embedding")
 
 
 def _address(t: Tensor | None) -> ctypes.c_void_p:

@@ -13,7 +13,7 @@ from packed_case import random_projection, random_routing, stored_weights
 import kbvq_kernels
 from kbvq import structures
 from kbvq.codes import trellis
-from kbvq_kernels import cpu, ops, prepare, prepared, reference, slower_than_bf16, supports
+from kbvq_kernels import build, cpu, ops, prepare, prepared, reference, slower_than_bf16, supports
 
 FORMATS = {
     "vq-d4": {"vector_dim": 4, "rank": 5},
@@ -261,12 +261,12 @@ def test_a_tensor_that_is_cut_is_refused(name):
 
 def test_missing_compiler_is_named_in_the_log(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("KBVQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
     cpu.library.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert cpu.library() is None
     assert "no C++ compiler" in caplog.text
-    monkeypatch.setattr(cpu.shutil, "which", lambda name: "/bin/false")
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/false")
     cpu.library.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert cpu.library() is None
