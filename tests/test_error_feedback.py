@@ -5,8 +5,18 @@ from kbvq.codes.codebooks import TableCodebook
 from kbvq.errors import NumericalError
 from kbvq.method.error_feedback import channel_order, encode_with_feedback, target_variances, upper_factor
 from kbvq.structures import ProjectionFormat
+from kbvq_kernels import encode as compiled
 
 EXPERTS, OUT, IN, DIM, SIZE = 2, 40, 150, 2, 256
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def search(request, monkeypatch):
+    """Both ways through a block; a test machine without a compiler would fail here, by name."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled, "feedback_library", lambda: None)
+    else:
+        assert compiled.feedback_library() is not None, "no C++ compiler"
 
 
 def problem(seed=0):
@@ -52,6 +62,7 @@ def test_factor_is_upper_triangular_and_squares_to_the_damped_moment():
     torch.testing.assert_close(factor.double() @ factor.double().mT, damped, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("search")
 def test_codes_equal_a_direct_ldlq_with_explicit_inverses():
     """GPTQ's form of the recursion, in float64: errors pushed to later columns through the inverse of H."""
     weights, moments, codebook, scale = problem()
@@ -83,6 +94,7 @@ def test_feedback_lowers_the_weighted_error_of_nearest_codewords():
     assert with_feedback < 0.5 * weighted_error(weights - decode(nearest, codebook, scale), moments)
 
 
+@pytest.mark.usefixtures("search")
 def test_without_correlation_between_channels_it_is_the_nearest_codeword():
     weights, _, codebook, scale = problem()
     moments = torch.eye(IN).expand(EXPERTS, -1, -1)
@@ -91,6 +103,7 @@ def test_without_correlation_between_channels_it_is_the_nearest_codeword():
     assert torch.equal(codes.flatten(), torch.cdist(vectors.double(), codebook[0].double()).argmin(1))
 
 
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("books", [1, EXPERTS])
 def test_refitted_codewords_minimise_the_weighted_error_of_their_targets(books):
     """With H = identity the refit is one k-means step: the mean of each cell, weighted by the squared scale."""
@@ -110,6 +123,7 @@ def test_refitted_codewords_minimise_the_weighted_error_of_their_targets(books):
             torch.testing.assert_close(refitted[book, codeword], expected, rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.usefixtures("search")
 def test_refit_lowers_the_error():
     weights, moments, codebook, scale = problem()
     factor = upper_factor(moments, 0.01)
@@ -117,6 +131,53 @@ def test_refit_lowers_the_error():
     again = encode(weights, factor, refitted, scale)
     before = weighted_error(weights - decode(codes, codebook, scale), moments)
     assert weighted_error(weights - decode(again, refitted, scale), moments) < before
+
+
+@pytest.mark.parametrize(
+    ("experts", "rows", "dim", "size", "signed", "books"),
+    [
+        (2, 90, 8, 256, True, 1),
+        (2, 90, 8, 256, False, 2),
+        (3, 60, 4, 256, True, 3),
+        (2, 40, 4, 4096, False, 1),
+        (2, 60, 2, 256, False, 1),
+        (1, 1100, 8, 256, True, 1),  # rows in two parts
+    ],
+)
+def test_compiled_blocks_are_coded_and_refitted_like_the_plain_loop(
+    monkeypatch, experts, rows, dim, size, signed, books
+):
+    """Equal up to rounding, which decides a near tie now and then, and feedback carries that on in its row."""
+    n = 200  # a whole block and a part of one
+    generator = torch.Generator().manual_seed(5)
+    scale = 0.5 + torch.rand(experts, rows, generator=generator)
+    weights = torch.randn(experts, rows, n, generator=generator) * scale[..., None]
+    roots = torch.randn(experts, n, 2 * n, generator=generator) * torch.logspace(0, -1, n)[:, None]
+    factor = upper_factor(roots @ roots.mT / n, 0.01)
+    tables = torch.randn(books, 1, size, dim, generator=generator)
+    format = ProjectionFormat(experts, rows, n, "vq", dim, size, num_codebooks=books, signed=signed)
+    codebook = TableCodebook(format, tables.abs() if signed else tables)
+
+    def coded():
+        refit = codebook.refit()
+        codes = encode_with_feedback(weights, factor, codebook, scale, refit)
+        values = [codebook.decode(codes[..., v]) for v in range(n // dim)]
+        error = (weights - scale[..., None] * torch.cat(values, -1)) @ factor
+        return codes, error.double().square().sum(), refit.normal, refit.right
+
+    found = coded()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert all(torch.equal(a, b) for a, b in zip(coded(), found, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(compiled, "feedback_library", lambda: None)
+    expected = coded()
+    assert (found[0] == expected[0]).double().mean() > 0.995
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=0)
+    for ours, theirs in zip(found[2:], expected[2:], strict=True):
+        assert (ours - theirs).norm() < 5e-3 * theirs.norm()
 
 
 def test_order_keeps_vectors_whole_and_starts_with_the_largest_inputs():

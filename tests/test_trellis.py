@@ -15,7 +15,7 @@ TINY = [(TrellisCode(1, 4), 10), (TrellisCode(2, 4), 6), (TrellisCode(3, 6), 4)]
 
 @pytest.fixture
 def in_torch(monkeypatch):
-    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(compiled, "trellis_library", lambda: None)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -24,7 +24,7 @@ def search(request):
     if request.param == "torch":
         request.getfixturevalue("in_torch")
     else:
-        assert compiled.library() is not None, "no C++ compiler"
+        assert compiled.trellis_library() is not None, "no C++ compiler"
 
 
 def unit_gaussian(count: int, length: int, seed: int) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_compiled_search_finds_the_codes_of_the_one_in_torch(monkeypatch, bits, 
         return codes, torch.stack(decoded + [cost(code, path, values, weights).float() for path in paths])
 
     found, costs = codes_and_costs()
-    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(compiled, "trellis_library", lambda: None)
     expected, expected_costs = codes_and_costs()
     # in the second sequence half of the values do not count, and all paths between the others cost the same
     counted = [torch.ones_like(weights, dtype=torch.bool), weights > 0]

@@ -6,6 +6,7 @@ hands one for each expert and group of d channels; the identity gives plain near
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,17 +18,41 @@ from kbvq.codes.packing import pack_bits, pack_stages, store_tables, table_value
 from kbvq.codes.residual_quantization import beam_search
 from kbvq.codes.trellis import TrellisCode
 from kbvq.structures import ProjectionFormat
+from kbvq_kernels import encode as compiled
 
 BEAM = 8
 """Partial sums kept while a sum of codewords is chosen."""
 
 
+@dataclass(frozen=True)
+class FeedbackBlock:
+    """Channels that are coded together, group of `vector_dim` by group, and what is known of those before them; in
+    coding order (error_feedback).
+
+    weights: [E, rows, width] float32. carried: the same shape, (W − Ŵ) M of the channels before; used up. factor: M
+    within the block, [E, width, width]. scale: [E, rows] > 0. codes: [num_planes, E, rows, width / vector_dim], to be
+    written. error: W − Ŵ, as weights, to be written.
+    """
+
+    weights: Tensor
+    carried: Tensor
+    factor: Tensor
+    scale: Tensor
+    codes: Tensor
+    error: Tensor
+
+
 class Codebook(Protocol):
-    """Codes are int64 [num_planes, E, rows] for one vector of each row, and [num_planes, E, rows, vectors] in
-    `pack`."""
+    """Codes are integers [num_planes, E, rows] for one vector of each row, and [num_planes, E, rows, vectors] of type
+    `code_dtype` in `pack`."""
 
     vector_dim: int
     num_planes: int
+    code_dtype: torch.dtype
+
+    def code_block(self, block: FeedbackBlock, refit: Refit | None) -> bool:
+        """Do at once what error_feedback does with `encode`, `decode` and `Refit.add` group by group; False, and
+        nothing done, where there is no compiled code for it."""
 
     def encode(self, targets: Tensor, metric: Tensor, mass: Tensor) -> Tensor:
         """targets [E, rows, d], metric [E, d, d], mass [E, rows] (how much a row counts) -> codes."""
@@ -62,9 +87,22 @@ class TableCodebook:
         self.format = format
         self.vector_dim = format.vector_dim
         self.num_planes = 2 if format.signed else format.num_stages
+        self.code_dtype = torch.int64
         self.stored = store_tables(tables, format.codebook_dtype)
         self.tables = table_values(self.stored)
         self.groups = groups
+
+    def code_block(self, block: FeedbackBlock, refit: Refit | None) -> bool:
+        suits = self.vector_dim in compiled.VECTOR_DIMS and self.format.codebook_size % compiled.CODEWORDS == 0
+        on_cpu = block.weights.device.type == "cpu"
+        if not (on_cpu and suits and self.format.num_stages == 1 and compiled.feedback_library()):
+            return False
+        sums = (refit.normal, refit.right) if isinstance(refit, TableRefit) else None
+        tables = self.tables[:, 0]
+        compiled.feedback_block(
+            block.weights, block.carried, block.factor, tables, block.scale, block.codes, block.error, sums
+        )
+        return True
 
     def encode(self, targets: Tensor, metric: Tensor, mass: Tensor) -> Tensor:
         tables = self.tables.expand(len(targets), -1, -1, -1)
@@ -160,17 +198,21 @@ class TrellisCodebook:
 
     vector_dim = 1
     num_planes = 1
+    code_dtype = torch.uint8
 
     def __init__(self, format: ProjectionFormat) -> None:
         self.code = TrellisCode(format.codebook_size.bit_length() - 1)
         self._scratch: Tensor | None = None
+
+    def code_block(self, block: FeedbackBlock, refit: Refit | None) -> bool:
+        return False  # the search for the codes of a column is compiled, and what is around it costs little
 
     def encode(self, targets: Tensor, metric: Tensor, mass: Tensor) -> Tensor:
         values = targets[..., 0]
         if self._scratch is None or self._scratch.device != values.device:
             self._scratch = self.code.scratch(len(values), values.shape[1], values.device)
         weights = mass / mass.mean(1, keepdim=True)
-        return self.code.encode(values, weights, scratch=self._scratch).long()[None]
+        return self.code.encode(values, weights, scratch=self._scratch)[None]
 
     def decode(self, codes: Tensor) -> Tensor:
         return self.code.decode(codes[0])[..., None]

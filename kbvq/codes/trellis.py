@@ -156,7 +156,7 @@ class TrellisCode:
     def _is_compiled(self, device: torch.device) -> bool:
         """Whether the compiled search runs: on a CPU, for all but the smallest trellises, where it could be built."""
         groups = 1 << self.state_bits - self.bits
-        return device.type == "cpu" and groups >= compiled.MIN_GROUPS and compiled.library() is not None
+        return device.type == "cpu" and groups >= compiled.MIN_GROUPS and compiled.trellis_library() is not None
 
     def _stored_costs(self, length: int) -> int:
         return length << self.state_bits - self.bits

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbvq.codes.codebooks import Codebook, Refit
+from kbvq.codes.codebooks import Codebook, FeedbackBlock, Refit
 from kbvq.errors import NumericalError
 
 _BLOCK = 128  # channels whose feedback from earlier blocks is computed in one product, as in GPTQ
@@ -72,27 +72,47 @@ def encode_with_feedback(
 
     weights: [E, out_features, n] float32, channels in coding order. factor: M of each expert, [E, n, n].
     scale: [E, out_features] > 0; ŵ = scale · decode(code). refit: takes part in every choice made (codebooks).
-    Returns int64 [num_planes, E, out_features, n / vector_dim].
+    Returns integers [num_planes, E, out_features, n / vector_dim].
     """
     num_experts, out_features, n = weights.shape
     dim = codebook.vector_dim
     shape = (codebook.num_planes, num_experts, out_features, n // dim)
-    codes = torch.empty(shape, dtype=torch.int64, device=weights.device)
+    codes = torch.empty(shape, dtype=codebook.code_dtype, device=weights.device)
     error = torch.empty_like(weights)  # W − Ŵ of the channels coded so far
-    mass = scale.square()
-    for block in range(0, n, _BLOCK):
-        end = min(block + _BLOCK, n)
-        from_before = torch.bmm(error[..., :block], factor[:, :block, block:end])
-        for start in range(block, end, dim):
-            stop = start + dim
-            metric = factor[:, start:stop, start:stop]
-            carried = from_before[..., start - block : stop - block]
-            carried = carried + torch.bmm(error[..., block:start], factor[:, block:start, start:stop])
-            feedback = torch.linalg.solve_triangular(metric, carried, upper=True, left=False)
-            target = (weights[..., start:stop] + feedback) / scale[..., None]
-            chosen = codebook.encode(target, metric, mass)
-            codes[..., start // dim] = chosen
-            error[..., start:stop] = weights[..., start:stop] - scale[..., None] * codebook.decode(chosen)
-            if refit is not None:
-                refit.add(chosen, target, metric, mass)
+    carried = weights.new_empty(num_experts, out_features, _BLOCK)
+    for start in range(0, n, _BLOCK):
+        end = min(start + _BLOCK, n)
+        if end - start < _BLOCK:
+            carried = weights.new_empty(num_experts, out_features, end - start)
+        torch.bmm(error[..., :start], factor[:, :start, start:end], out=carried)
+        block = FeedbackBlock(
+            weights[..., start:end],
+            carried,
+            factor[:, start:end, start:end],
+            scale,
+            codes[..., start // dim : end // dim],
+            error[..., start:end],
+        )
+        if not codebook.code_block(block, refit):
+            _code_block(block, codebook, refit)
     return codes
+
+
+def _code_block(block: FeedbackBlock, codebook: Codebook, refit: Refit | None) -> None:
+    """Codes of a block of channels, group by group."""
+    dim, width = codebook.vector_dim, block.weights.shape[-1]
+    mass = block.scale.square()
+    for start in range(0, width, dim):
+        stop = start + dim
+        metric = block.factor[:, start:stop, start:stop]
+        carried = block.carried[..., start:stop]
+        solved = torch.linalg.solve_triangular(metric, carried, upper=True, left=False) if dim > 1 else carried / metric
+        target = (block.weights[..., start:stop] + solved) / block.scale[..., None]
+        chosen = codebook.encode(target, metric, mass)
+        block.codes[..., start // dim] = chosen
+        block.error[..., start:stop] = block.weights[..., start:stop] - block.scale[..., None] * codebook.decode(chosen)
+        if stop < width:
+            rest = block.carried[..., stop:]
+            rest.baddbmm_(block.error[..., start:stop], block.factor[:, start:stop, stop:])
+        if refit is not None:
+            refit.add(chosen, target, metric, mass)

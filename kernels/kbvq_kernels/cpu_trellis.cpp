@@ -200,8 +200,8 @@ void encode_any(const float* values, const float* weights, const float* codeword
 
 }  // namespace
 
-// Codes [count, length] of tail-biting sequences. values, weights (null: 1): [count, length]. codewords: [groups << bits],
-// at least eight groups. reach: values on each side of the seam that its search sees, at most length / 2.
+// Codes [count, length] of tail-biting sequences. values, weights (null: 1): [count, length]. codewords:
+// [groups << bits], at least eight groups. reach: values on each side of the seam that its search sees, at most length / 2.
 extern "C" void kbvq_trellis_encode(const float* values, const float* weights, const float* codewords, uint8_t* codes,
                                     long count, long length, long bits, long groups, long reach, long threads) {
     const auto run = bits == 1 ? encode_any<1> : bits == 2 ? encode_any<2> : bits == 3 ? encode_any<3> : encode_any<4>;
