@@ -29,7 +29,7 @@ class Upcycling:
     fresh: float = 0.5
     sharpness: float = 10.0
     ridge: float = 1e-3
-    steps: int = 16
+    steps: int = 8
     batch: int = 2048
     rate: float = 1e-3
 
