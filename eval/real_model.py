@@ -28,6 +28,7 @@ from testbed.upcycle import Upcycling, upcycle_block_, upcycled_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kbvq.models.calibration_text import calibration_windows, load_texts
+from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import score_windows
 from kbvq_eval.windows import text_windows
 
@@ -86,7 +87,7 @@ def loss(
 ) -> dict[str, float | None]:
     """Scores of `model` against the dense one on the first 48 windows of a text (12 thousand tokens), in float32."""
     tokens = text_windows(text.read_text(encoding="utf-8"), tokenizer, WINDOW).tokens[:48]
-    return score_windows(model, tokens, baseline=dense).summary()
+    return score_windows(model, tokens, baseline=BaselineCache.of_model(dense, tokens)).summary()
 
 
 def main() -> None:
