@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+
+import gguf
+import numpy as np
 import pytest
 import torch
-from peers.packed_formats import StoredSize, assert_experts_shrank, dense_checkpoint, minimal_bits, round_to_nearest
+from gguf.constants import GGMLQuantizationType
+from peers.ggml import quantize
+from peers.importance import InputSquares
+from peers.packed_formats import (
+    GGML_TYPES,
+    ExpertName,
+    StoredSize,
+    assert_experts_shrank,
+    dense_checkpoint,
+    dequantize_ggml,
+    expert_name,
+    ggml_bits,
+    minimal_bits,
+    name_in_memory,
+    round_to_nearest,
+)
+from tiny_models import VOCAB_SIZE, tiny_model
 from torch import Tensor
 
 GROUP_SIZE = 64
@@ -151,3 +171,108 @@ def test_round_to_nearest_picks_the_nearest_of_the_levels_of_each_group() -> Non
             levels = torch.tensor([(code - zero) * scale for code in range(4)])
             nearest = levels[(part.unsqueeze(1) - levels).abs().argmin(1)]
             torch.testing.assert_close(rounded, nearest, rtol=0, atol=1e-6)
+
+
+def test_names_of_expert_weights() -> None:
+    layer = "model.layers.3"
+    assert expert_name(f"{layer}.mlp.experts.12.down_proj.weight") == ExpertName(3, 12, "down_proj")
+    assert expert_name(f"{layer}.block_sparse_moe.experts.0.w3.weight") == ExpertName(3, 0, "up_proj")
+    assert expert_name(f"{layer}.mlp.shared_expert.gate_proj.weight") == ExpertName(3, None, "gate_proj")
+    for other in ("mlp.gate.weight", "mlp.shared_expert_gate.weight", "self_attn.q_proj.weight", "mlp.up_proj.weight"):
+        assert expert_name(f"{layer}.{other}") is None
+    assert (
+        name_in_memory(f"{layer}.block_sparse_moe.experts.0.w2.qweight") == f"{layer}.mlp.experts.0.down_proj.qweight"
+    )
+    assert name_in_memory(f"{layer}.block_sparse_moe.gate.weight") == f"{layer}.mlp.gate.weight"
+    assert name_in_memory(f"{layer}.self_attn.q_proj.weight") == f"{layer}.self_attn.q_proj.weight"
+
+
+def test_codes_of_mixed_widths_are_read_by_their_size() -> None:
+    packed, weight = gptq_checkpoint(3)
+    dense, _ = dense_checkpoint(packed, original_checkpoint(weight), bits=2)
+    assert torch.equal(dense[EXPERT], weight)
+
+
+class FakeLibrary:
+    """ggml_quantize_chunk at the level of pointers: reads what it is given and writes blocks that gguf made."""
+
+    def __init__(self, blocks: np.ndarray) -> None:
+        self.blocks = blocks
+
+    def ggml_quantize_chunk(
+        self, type_: int, source: int, target: int, start: int, rows: int, columns: int, importance: int
+    ) -> int:
+        floats = ctypes.POINTER(ctypes.c_float)
+        self.values = np.ctypeslib.as_array(ctypes.cast(source, floats), (rows, columns)).copy()
+        self.importance = np.ctypeslib.as_array(ctypes.cast(importance, floats), (columns,)).copy()
+        self.type, self.start = type_, start
+        ctypes.memmove(target, self.blocks.ctypes.data, self.blocks.nbytes)
+        return self.blocks.nbytes
+
+
+def q2_k_blocks(rows: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random Q2_K blocks, uint8 [rows, 84 · blocks], and their weights by llama.cpp's definition: of 16 groups of 16,
+    each code q of 2 bits stands for d · scale · q − dmin · minimum; scale and minimum have 4 bits."""
+    rng = np.random.default_rng(0)
+    scales = rng.integers(0, 256, (rows, blocks, 16), dtype=np.uint8)
+    codes = rng.integers(0, 4, (rows, blocks, 2, 4, 32), dtype=np.uint8)  # halves of 128, then shifts, then bytes
+    d, dmin = (rng.uniform(0.01, 0.02, (rows, blocks, 1)).astype(np.float16) for _ in range(2))
+    packed = sum(codes[..., shift, :] << np.uint8(2 * shift) for shift in range(4)).reshape(rows, blocks, 64)
+    data = np.concatenate([scales, packed, d.view(np.uint8), dmin.view(np.uint8)], axis=-1).reshape(rows, -1)
+    groups = codes.reshape(rows, blocks, 16, 16).astype(np.float32)
+    scale = d.astype(np.float32)[..., None] * (scales & 15)[..., None]
+    minimum = dmin.astype(np.float32)[..., None] * (scales >> 4)[..., None]
+    return data, (scale * groups - minimum).reshape(rows, -1)
+
+
+def test_llamacpp_rows_are_padded_and_read_back() -> None:
+    blocks, values = q2_k_blocks(96, 1)
+    weight, importance = torch.from_numpy(values)[:, :192], torch.rand(192)
+    library = FakeLibrary(blocks)
+    stored = quantize(library, weight, importance, "Q2_K")
+    assert library.type == GGMLQuantizationType.Q2_K == 10 and library.start == 0
+    assert library.values.shape == (96, 256) and not library.values[:, 192:].any()
+    assert np.array_equal(library.values[:, :192], weight.numpy())
+    assert np.array_equal(library.importance, np.pad(importance.numpy(), (0, 64)))
+
+    packed = {ROUTER: torch.ones(4, 128, dtype=torch.bfloat16), EXPERT.replace("weight", "ggml_Q2_K"): stored}
+    dense, size = dense_checkpoint(packed, original_checkpoint(weight), bits=2)
+    torch.testing.assert_close(dense[EXPERT], weight, rtol=1e-6, atol=1e-6)
+    assert ggml_bits("Q2_K") == 84 * 8 / 256
+    assert size.bits_per_weight == ggml_bits("Q2_K") * 256 / 192  # what is stored, padding included
+
+    with pytest.raises(RuntimeError, match="8064 bytes of IQ3_S, 10560 are"):
+        quantize(library, weight, importance, "IQ3_S")
+
+
+def test_gguf_knows_every_type() -> None:
+    """The blocks of each are read by gguf in the size that is counted."""
+    for name, bits in GGML_TYPES.items():
+        assert bits <= ggml_bits(name) < bits + 0.7
+        blocks = torch.zeros(2, int(256 * ggml_bits(name) / 8), dtype=torch.uint8)
+        assert dequantize_ggml(blocks, name, 200).shape == (2, 200)
+    assert gguf.GGML_QUANT_SIZES[GGMLQuantizationType.IQ2_XXS] == (256, 66)
+
+
+@torch.no_grad()
+def test_importance_is_the_mean_square_of_each_experts_inputs() -> None:
+    model, reference = tiny_model("qwen2_moe"), tiny_model("qwen2_moe")
+    tokens = torch.randint(2, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[Tensor, Tensor]] = []
+    block = reference.model.layers[1].mlp
+    block.experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]))
+    expected = reference(tokens).logits
+    squares = InputSquares(model)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    hidden, chosen = seen[0]
+    for expert in chosen.unique().tolist():
+        inputs = hidden[(chosen == expert).any(1)]
+        torch.testing.assert_close(squares.mean(1, expert, False), inputs.square().mean(0))
+        gate, up = (inputs @ block.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(squares.mean(1, expert, True), inner.square().mean(0))
+    torch.testing.assert_close(squares.mean(1, None, False), hidden.square().mean(0))
+    counts = [(chosen == expert).sum() for expert in range(8)]
+    pooled = sum(count * squares.mean(1, expert, False) for expert, count in enumerate(counts) if count) / sum(counts)
+    squares.sums[1, 99, False] = (torch.zeros(()), 0)
+    torch.testing.assert_close(squares.mean(1, 99, False), pooled)

@@ -26,6 +26,7 @@ class Job:
     """One run of a tool.
 
     model: folder of the 16-bit checkpoint. windows: calibration tokens, [num_windows, window] int64. bits: of a code.
+    variant: which of its settings or formats the tool is to use, "" for the one there is.
     output: folder that the tool writes its own packed checkpoint to.
     """
 
@@ -34,6 +35,7 @@ class Job:
     bits: int
     seed: int
     output: Path
+    variant: str = ""
 
 
 def run_job(quantize: Callable[[Job], None], *, packages: Sequence[str]) -> None:
@@ -45,10 +47,11 @@ def run_job(quantize: Callable[[Job], None], *, packages: Sequence[str]) -> None
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--facts", type=Path, required=True)
+    parser.add_argument("--variant", default="")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     start = time.perf_counter()
-    quantize(Job(args.model, load_file(args.windows)["tokens"], args.bits, args.seed, args.output))
+    quantize(Job(args.model, load_file(args.windows)["tokens"], args.bits, args.seed, args.output, args.variant))
     seconds = time.perf_counter() - start
     versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
     facts = {"seconds": seconds, "threads": torch.get_num_threads(), "versions": versions}

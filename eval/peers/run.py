@@ -21,9 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packed_formats import dense_checkpoint, minimal_bits, round_to_nearest
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from ggml import build_library
+from packed_formats import (
+    GGML_TYPES,
+    dense_checkpoint,
+    expert_name,
+    ggml_bits,
+    load_checkpoint,
+    minimal_bits,
+    round_to_nearest,
+)
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kbvq.models.calibration_text import calibration_windows, load_texts
@@ -36,24 +44,37 @@ ROOT = HERE.parent.parent
 GROUP_SIZE = 64
 NUM_WINDOWS = 128
 WINDOW = 256
+RECOMMENDED_WINDOWS = 512
+"""What AutoRound's authors advise at 2 bits, of the same text."""
+
 NAMES = {
     "rtn": "round to nearest",
     "gptqmodel": "GPTQModel, GPTQ with activation order",
     "llmcompressor": "llm-compressor, GPTQ",
     "autoround": "AutoRound, 200 iterations",
-}
+    "autoround-best": "AutoRound, as recommended for 2 bits",
+    "autoround-mixed": "AutoRound, mixed bits",
+} | {f"llamacpp-{name}": f"llama.cpp {name}, importance matrix" for name in GGML_TYPES}
+"""Peer -> how the table calls it. What stands before the hyphen is the tool, the rest one of its settings."""
+
 BUILD_ENVIRONMENT = {"BUILD_CUDA_EXT": "0"}
 """GPTQModel is built from source where it has no wheel; without this it looks for a CUDA compiler."""
 
 logger = logging.getLogger("peers")
 
 
-def environment(peer: str, work: Path) -> Path:
-    """The Python of the peer's environment, made from requirements-<peer>.txt unless that was done before."""
-    requirements = HERE / f"requirements-{peer}.txt"
+def competes(peer: str, bits: int) -> bool:
+    """Whether a peer has something to show at a width: llama.cpp's types have one each, AutoRound's advice is for 2."""
+    tool, _, variant = peer.partition("-")
+    return GGML_TYPES[variant] == bits if tool == "llamacpp" else bits == 2 or not variant
+
+
+def environment(tool: str, work: Path) -> Path:
+    """The Python of the tool's environment, made from requirements-<tool>.txt unless that was done before."""
+    requirements = HERE / f"requirements-{tool}.txt"
     lines = requirements.read_text(encoding="utf-8")
     digest = hashlib.sha256(lines.encode()).hexdigest()
-    folder = work / "environments" / peer
+    folder = work / "environments" / tool
     stamp, python = folder / "made-from", folder / "bin" / "python"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
         return python
@@ -65,36 +86,32 @@ def environment(peer: str, work: Path) -> Path:
     torch_line = next(line for line in lines.splitlines() if line.startswith("torch=="))
     subprocess.run([*install, torch_line], check=True)
     subprocess.run([*install, "-r", requirements], check=True, env=os.environ | BUILD_ENVIRONMENT)
+    if tool == "llamacpp":
+        build_library(python, folder)
     stamp.write_text(digest, encoding="utf-8")
     return python
-
-
-def load_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors files."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.rglob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 def run_tool(
     peer: str, bits: int, seed: int, folder: Path, *, model: Path, calibration: Path, work: Path
 ) -> dict[str, Any]:
     """Run a peer on the model; its checkpoint goes to `folder`/packed. Returns its facts and what the process used."""
-    python = environment(peer, work)
+    tool, _, variant = peer.partition("-")
+    python = environment(tool, work)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
     windows = calibration_windows(
         load_texts(str(calibration)),
         tokenizer,
-        samples=NUM_WINDOWS,
+        samples=RECOMMENDED_WINDOWS if peer == "autoround-best" else NUM_WINDOWS,
         sequence_length=WINDOW,
         seed=seed,
         vocab_size=len(tokenizer),
     )
     save_file({"tokens": windows}, folder / "windows.safetensors")
-    command = [python, HERE / f"quantize_{peer}.py", "--model", model, "--bits", bits, "--seed", seed]
+    command = [python, HERE / f"quantize_{tool}.py", "--model", model, "--bits", bits, "--seed", seed]
+    command += ["--variant", variant]
     command += [
         "--windows",
         folder / "windows.safetensors",
@@ -128,10 +145,12 @@ def quantize(
 ) -> dict[str, Any]:
     """Write the dense checkpoint `folder`/dense of a peer and return its row, without the scores."""
     original = load_checkpoint(model)
-    row: dict[str, Any] = {"peer": peer, "bits": bits, "seed": seed, "minimal_bits": minimal_bits(bits, GROUP_SIZE)}
+    row: dict[str, Any] = {"peer": peer, "bits": bits, "seed": seed}
+    tool, _, variant = peer.partition("-")
+    row["minimal_bits"] = ggml_bits(variant) if tool == "llamacpp" else minimal_bits(bits, GROUP_SIZE)
     if peer == "rtn":
         dense = {
-            name: round_to_nearest(weight, bits, GROUP_SIZE) if ".mlp.experts." in name else weight
+            name: round_to_nearest(weight, bits, GROUP_SIZE) if expert_name(name) else weight
             for name, weight in original.items()
         }
         row |= {"bits_per_weight": row["minimal_bits"]}
@@ -213,7 +232,7 @@ def main() -> None:
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     baseline = BaselineCache.of_model(original, test.tokens)
     for bits in args.bits:
-        for peer in args.peer:
+        for peer in (peer for peer in args.peer if competes(peer, bits)):
             # Nothing is drawn when rounding to nearest.
             for seed in args.seed if peer != "rtn" else [0]:
                 folder = work / "runs" / f"{peer}-{bits}-{seed}"
