@@ -17,6 +17,7 @@ from kbvq.models.calibration_text import DEFAULT_CALIBRATION
 from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
 from kbvq.recipes import CODES, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
 from kbvq.storage.checkpoint import inspect_checkpoint, verify_checkpoint
+from kbvq.storage.work_folder import is_work_folder, verify_state, work_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KbvqError as error:
         print(f"kbvq: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"kbvq: interrupted{_what_is_kept(options)}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -65,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--seed", type=int, default=0, help="of the windows and the codebooks (default: %(default)s)")
     quantize.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     quantize.add_argument("--overwrite", action="store_true", help="replace a non-empty output folder")
+    quantize.add_argument(
+        "--fresh", action="store_true", help="start anew where an interrupted run of this output could go on"
+    )
     quantize.add_argument(
         "--idre",
         action=argparse.BooleanOptionalAction,
@@ -119,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
-    verify = commands.add_parser("verify", parents=[common], help="check a packed checkpoint against its manifest")
+    verify = commands.add_parser(
+        "verify", parents=[common], help="check every file of a packed checkpoint, or of an interrupted run"
+    )
     verify.set_defaults(run=_verify)
     verify.add_argument("folder", type=Path)
     return parser
@@ -141,6 +150,7 @@ def _quantize(options: argparse.Namespace) -> None:
             seed=options.seed,
             device=options.device,
             overwrite=options.overwrite,
+            fresh=options.fresh,
         ),
         kbvq_version=kbvq.__version__,
     )
@@ -148,6 +158,13 @@ def _quantize(options: argparse.Namespace) -> None:
         f"{options.output}: {record['bits_per_weight']:.3f} bits per expert weight with everything stored, "
         f"{record['code_bits']:.3f} in codes"
     )
+
+
+def _what_is_kept(options: argparse.Namespace) -> str:
+    """Where an interrupted command goes on, if it does."""
+    if options.run is not _quantize or not is_work_folder(work_folder(options.output)):
+        return ""
+    return f": what is finished is in {work_folder(options.output)}, and the same command goes on from there"
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -196,5 +213,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    if is_work_folder(options.folder):
+        state = verify_state(options.folder)
+        print(f"{options.folder}: every file matches the state of the interrupted run, {state['done']} steps done")
+        return
     verify_checkpoint(options.folder)
     print(f"{options.folder}: every file matches the manifest")

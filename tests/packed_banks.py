@@ -112,11 +112,13 @@ def put_banks_(model, banks):
 def write_packed(source, out, model, banks):
     """The packed checkpoint of `model`, whose experts are the banks; one shard per bank, and one for the rest."""
     formats = [bank.format for bank in banks]
-    writer = PackedCheckpointWriter(out)
+    out.mkdir(parents=True, exist_ok=True)
+    writer = PackedCheckpointWriter(out, num_shards=1 + len(banks))
     packed = [bank.state_dict() for bank in banks]
     banked = {name for tensors in packed for name in tensors} | set(model.all_tied_weights_keys)
-    for tensors in [{k: v for k, v in model.state_dict().items() if k not in banked}, *packed]:
-        writer.add_shard(tensors)
+    others = {k: v for k, v in model.state_dict().items() if k not in banked}
+    for index, tensors in enumerate([others, *packed]):
+        writer.write_shard(index, tensors)
     config = json.loads((source / "config.json").read_text())
     quantization_config = {
         "quant_method": "kbvq",

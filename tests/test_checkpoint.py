@@ -1,14 +1,13 @@
 import json
 import shutil
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
 from packed_banks import random_bank
 from safetensors.torch import load_file
 
-import kbvq.storage.checkpoint
+import kbvq.storage.files
 from kbvq.errors import CheckpointError
 from kbvq.storage.checkpoint import (
     PackedCheckpointWriter,
@@ -51,12 +50,13 @@ def quantization_config(formats):
     return {"quant_method": "kbvq", "format_version": 1, "banks": [bank.to_dict() for bank in formats]}
 
 
-def start(output, overwrite=False, shards=2):
-    """A writer that has written everything, not finished."""
-    writer = PackedCheckpointWriter(output, overwrite)
+def start(folder, shards=2):
+    """A writer that has written all tensors, not finished."""
+    writer = PackedCheckpointWriter(folder, num_shards=shards)
+    folder.mkdir(parents=True, exist_ok=True)
     packed = {name: tensor for bank in banks() for name, tensor in bank.state_dict().items()}
-    for tensors in [packed, others()] if shards == 2 else [packed | others()]:
-        writer.add_shard(tensors)
+    for index, tensors in enumerate([packed, others()] if shards == 2 else [packed | others()]):
+        writer.write_shard(index, tensors)
     return writer
 
 
@@ -65,9 +65,9 @@ def finish(writer, source, config=SOURCE_CONFIG, **options):
     writer.finish(config, quantization_config(formats), formats, source, {"seed": 1}, **options)
 
 
-def write(output, source, **options):
-    finish(start(output, **options), source)
-    return output
+def write(folder, source, **options):
+    finish(start(folder, **options), source)
+    return folder
 
 
 def files(folder):
@@ -104,114 +104,40 @@ def test_folder_holds_config_tokenizer_and_record_and_no_code(tmp_path, source):
 
 
 def test_equal_inputs_give_identical_files_whatever_the_timing(tmp_path, source):
-    finish(start(tmp_path / "one"), source, timing={"total_seconds": 1.0})
-    finish(start(tmp_path / "two"), source, timing={"total_seconds": 2.0})
+    finish(start(tmp_path / "one"), source, unhashed={"kbvq_timing.json": {"total_seconds": 1.0}})
+    finish(start(tmp_path / "two"), source, unhashed={"kbvq_timing.json": {"total_seconds": 2.0}})
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert one.pop("kbvq_timing.json") != two.pop("kbvq_timing.json")
     assert one == two
     assert "kbvq_timing.json" not in json.loads(one["kbvq_manifest.json"])["files"]
 
 
-def test_output_that_is_not_empty_is_refused_before_anything_is_written(tmp_path, source):
-    out = write(tmp_path / "out", source)
-    before = files(out)
-    with pytest.raises(CheckpointError, match="not empty; pass --overwrite"):
-        PackedCheckpointWriter(out)
-    assert files(out) == before
-    assert not (tmp_path / "out.partial").exists()
-
-
-def test_empty_output_folder_and_missing_parents_are_fine(tmp_path, source):
-    (tmp_path / "empty").mkdir()
-    assert verify_checkpoint(write(tmp_path / "empty", source))
-    assert verify_checkpoint(write(tmp_path / "a" / "b", source))
-
-
-def test_output_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "out").write_text("a file")
-    with pytest.raises(CheckpointError, match="is a file"):
-        PackedCheckpointWriter(tmp_path / "out", overwrite=True)
-
-
-def test_overwrite_deletes_only_packed_checkpoints(tmp_path):
-    out = tmp_path / "thesis"
-    out.mkdir()
-    (out / "chapter.txt").write_text("years of work")
-    (out / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(CheckpointError, match="not a packed checkpoint"):
-        PackedCheckpointWriter(out, overwrite=True)
-    assert (out / "chapter.txt").read_text() == "years of work"
-
-
-def test_overwrite_replaces_the_old_checkpoint_only_at_the_end(tmp_path, source):
-    out = write(tmp_path / "out", source)
-    (out / "note.txt").write_text("old")
-    before = files(out)
-    writer = start(out, overwrite=True)
-    assert files(out) == before
-    finish(writer, source)
-    assert files(out).keys() == before.keys() - {"note.txt"}
-    assert sorted(tmp_path.iterdir()) == [out, source]
-
-
-def test_old_checkpoint_is_put_back_when_the_new_one_cannot_be_moved(tmp_path, source, monkeypatch):
-    out = write(tmp_path / "out", source)
-    before = files(out)
-    writer = start(out, overwrite=True)
-    rename = Path.rename
-
-    def failing(self, target):
-        if self.name == "out.partial":
-            raise OSError("cross-device link")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(CheckpointError, match=r"cross-device link.*out\.partial"):
-        finish(writer, source)
-    assert files(out) == before
-    assert verify_checkpoint(tmp_path / "out.partial")
-
-
-def test_partial_folder_of_an_interrupted_run_is_removed(tmp_path, source):
-    start(tmp_path / "out")
-    (tmp_path / "out.partial" / "shard-00009.safetensors").write_text("left over")
-    assert "shard-00009.safetensors" not in files(write(tmp_path / "out", source))
-
-
-def test_partial_folder_of_somebody_else_is_kept(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "precious").write_text("kept")
-    with pytest.raises(CheckpointError, match="was not made by kbvq"):
-        PackedCheckpointWriter(tmp_path / "out")
-    assert (tmp_path / "out.partial" / "precious").read_text() == "kept"
-
-
-def test_checkpoint_left_by_an_interrupted_replacement_is_kept(tmp_path, source):
-    write(tmp_path / "out.replaced", source)
-    with pytest.raises(CheckpointError, match="interrupted"):
-        PackedCheckpointWriter(tmp_path / "out", overwrite=True)
-    assert verify_checkpoint(tmp_path / "out.replaced")
-
-
-def test_output_that_cannot_be_created_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be created"):
-        PackedCheckpointWriter(tmp_path / "file" / "out")
-
-
-def test_tensor_written_twice_is_refused(tmp_path):
+def test_tensor_written_twice_is_refused(tmp_path, source):
     writer = start(tmp_path / "out")
+    writer.write_shard(0, {"lm_head.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is written twice"):
-        writer.add_shard({"lm_head.weight": torch.zeros(1)})
+        finish(writer, source)
 
 
-def test_failed_write_names_the_file(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
+def test_failed_write_names_the_file_and_leaves_nothing_under_its_name(tmp_path, monkeypatch):
+    def full(tensors, path, **kwargs):
+        path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(kbvq.storage.checkpoint, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors.*No space left"):
+    monkeypatch.setattr(kbvq.storage.files, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors.*No space left"):
         start(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_finishing_again_after_an_interruption_gives_the_same_files(tmp_path, source):
+    writer = start(tmp_path / "out")
+    finish(writer, source)
+    before = files(tmp_path / "out")
+    (tmp_path / "out" / "kbvq_manifest.json").unlink()
+    (tmp_path / "out" / "config.json").write_text("{")
+    finish(PackedCheckpointWriter(tmp_path / "out", num_shards=2), source)
+    assert files(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "dtype"])
@@ -222,11 +148,11 @@ def test_bank_that_was_not_written_as_its_format_says_is_refused(tmp_path, sourc
         del tensors[name]
     else:
         tensors[name] = tensors[name][..., :2] if damage == "shape" else tensors[name].float()
-    writer = PackedCheckpointWriter(tmp_path / "out")
-    writer.add_shard(tensors)
+    writer = PackedCheckpointWriter(tmp_path, num_shards=1)
+    writer.write_shard(0, tensors)
     with pytest.raises(CheckpointError, match=name):
         writer.finish({}, {}, [bank.format], source, {})
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "kbvq_manifest.json").exists()
 
 
 @pytest.mark.parametrize("shards", SHARDS, ids=len)

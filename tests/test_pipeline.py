@@ -19,6 +19,7 @@ from kbvq.models.moe_adapters import find_expert_banks
 from kbvq.recipes import make_recipe
 from kbvq.storage.checkpoint import inspect_checkpoint, verify_checkpoint
 
+UNHASHED = ("kbvq_timing.json", "kbvq_metrics.jsonl")
 TOKENS = torch.arange(2, 26)[None]
 
 
@@ -58,7 +59,7 @@ def test_same_seed_gives_identical_files_and_another_seed_others(tmp_path, text)
     save_tiny_model(tmp_path / "model", "qwen2_moe")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         quantize(tmp_path / "model", tmp_path / name, text, seed=seed)
-    names = sorted(path.name for path in (tmp_path / "a").iterdir() if path.name != "kbvq_timing.json")
+    names = sorted(path.name for path in (tmp_path / "a").iterdir() if path.name not in UNHASHED)
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[0] == names
     weights = [name for name in names if name.endswith(".safetensors")]
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "c", weights, shallow=False)[0] != weights

@@ -1,17 +1,17 @@
 """Plans for the bundled model: budgets met, sensitivities respected."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 
 from kbvq.errors import ConfigError
 from kbvq.models.layer_stream import LayerStream
-from kbvq.quantization.pipeline import QuantizeOptions, _plan_within_budget, _Windows
+from kbvq.quantization.pipeline import QuantizeOptions, Run
 from kbvq.quantization.planning import PROTECTED_BITS, budget_plan, check_budget, projection_shape
 from kbvq.quantization.sensitivity import Sensitivity
 from kbvq.recipes import CODES, make_recipe
+from kbvq.storage.work_folder import WorkFolder
 from kbvq.structures import PROJECTIONS
 
 
@@ -36,9 +36,9 @@ def peaks(banks):
     return {bank: torch.ones(bank.num_experts) for bank in banks}
 
 
-def true_bits(banks, plan):
+def true_bits(banks, formats):
     weights = sum(e * o * i for b in banks for e, o, i in (projection_shape(b, p) for p in PROJECTIONS))
-    return 8 * sum(getattr(format, p).num_bytes for format in plan.formats for p in PROJECTIONS) / weights
+    return 8 * sum(getattr(format, p).num_bytes for format in formats for p in PROJECTIONS) / weights
 
 
 @pytest.mark.parametrize("codebook", CODES)
@@ -48,7 +48,7 @@ def test_true_bits_are_those_asked_for_within_one_percent(stream, bits, codebook
     recipe = make_recipe("default", bits, codebook=codebook)
     check_budget(stream.banks, recipe, "silu")
     plan = budget_plan(stream.banks, recipe, "silu", sensitivities(stream.banks, recipe), peaks(stream.banks))
-    assert 0.99 * bits <= true_bits(stream.banks, plan) <= bits
+    assert 0.99 * bits <= true_bits(stream.banks, plan.formats) <= bits
 
 
 def test_what_is_sensitive_gets_more_bits(stream):
@@ -69,21 +69,26 @@ def test_banks_with_super_experts_are_protected(stream):
     for row in plan.record["projections"]:
         if row["bank"] == stream.banks[2].path:
             assert row["code_bits"] >= PROTECTED_BITS
-    assert true_bits(stream.banks, plan) <= 2
+    assert true_bits(stream.banks, plan.formats) <= 2
 
 
-def test_measured_plan_beats_equal_rates_at_equal_bits(stream, data):
+def test_measured_plan_beats_equal_rates_at_equal_bits(stream, tmp_path):
     """On the bundled model down is far more sensitive than gate and up, most of all in the first layer."""
     recipe = make_recipe("default", 2.14)
-    options = QuantizeOptions(str(stream.folder), Path("unused"), "unused", recipe)
+    options = QuantizeOptions(str(stream.folder), tmp_path / "out", "unused", recipe)
     ids = torch.randint(5, 1000, (8, 128), generator=torch.Generator().manual_seed(0))
-    plan = _plan_within_budget(stream, _Windows(stream, ids), options)
-    rows = plan.record["projections"]
+    with WorkFolder(options.output) as work:
+        work.resume({}, ())
+        run, carry = Run(stream, ids, options, [], work), {}
+        for stage in run.stages():
+            for index in range(stage.steps if stage.name != "quantizing layer" else 0):
+                carry = stage.step(index, carry).carry
+    rows = carry["budget"]["projections"]
     predicted = sum(row["predicted_divergence"][str(row["code_bits"])] for row in rows)
     assert predicted < 0.95 * sum(row["predicted_divergence"]["2"] for row in rows)
     down = {row["bank"]: row["code_bits"] for row in rows if row["projection"] == "down_proj"}
     assert down[stream.banks[0].path] == 3
-    assert 0.99 * 2.14 <= true_bits(stream.banks, plan) <= 2.14
+    assert 0.99 * 2.14 <= true_bits(stream.banks, carry["formats"]) <= 2.14
     # The skeleton is as it was: nothing is left in memory.
     assert all(parameter.is_meta for parameter in stream.model.parameters() if parameter.shape != torch.Size([0]))
 

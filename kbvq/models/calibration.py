@@ -6,7 +6,9 @@ by projection, the quantized ones (the student), with the moments of the inputs 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from kbvq.codes.packing import dequantize_expert
 from kbvq.models.expert_forward import run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank, bank_activation, bank_weights
+from kbvq.models.ranks import ONE, Ranks
 from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
 
 
@@ -93,31 +96,73 @@ class ObservedBank(nn.Module):
                 self.moments[name].add_(expert, inputs, routing_weights, by_routing=self.by_routing)
 
 
+class ActivationStore(Protocol):
+    """Where the activations of all windows live, which may be more than the memory holds."""
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """A new tensor of that shape and dtype, on the CPU."""
+
+    def release(self) -> None:
+        """What was read or written may leave the memory until it is needed again."""
+
+
+class InMemory:
+    """Activations in memory."""
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor)
+
+    def release(self) -> None:
+        pass
+
+
 class LayerRunner:
-    """A decoder layer as a function of the activations of all windows.
+    """A decoder layer as a function of the activations of all windows, of which each rank runs its share.
 
     layer_kwargs: rows of a batch -> keyword arguments of the layer for a batch of so many windows.
+    store: of the activations.
     """
 
     def __init__(
-        self, layer: nn.Module, layer_kwargs: Callable[[int], dict], *, batch_size: int, device: torch.device
+        self,
+        layer: nn.Module,
+        layer_kwargs: Callable[[int], dict],
+        *,
+        batch_size: int,
+        device: torch.device,
+        store: ActivationStore | None = None,
+        ranks: Ranks = ONE,
     ) -> None:
         self.layer = layer
         self.layer_kwargs = layer_kwargs
         self.batch_size = batch_size
         self.device = device
+        self.store = store or InMemory()
+        self.ranks = ranks
 
-    @torch.no_grad()
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """[windows, tokens, hidden_size] on the CPU -> the layer's output, the same shape and dtype, on the CPU."""
-        outputs = torch.empty_like(hidden_states)
-        for start in range(0, len(hidden_states), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            outputs[part] = self.batch(hidden_states[part]).cpu()
+        outputs = self.store.empty_like(hidden_states)
+        self._run(hidden_states, outputs)
+        self.ranks.wait()
         return outputs
+
+    def watch(self, hidden_states: Tensor) -> None:
+        """The same for what the layer's observed banks see of it alone."""
+        self._run(hidden_states, None)
+
+    @torch.no_grad()
+    def _run(self, hidden_states: Tensor, outputs: Tensor | None) -> None:
+        batches = range(0, len(hidden_states), self.batch_size)
+        for start in (batches[number] for number in self.ranks.share(len(batches))):
+            part = slice(start, start + self.batch_size)
+            found = self.batch(hidden_states[part])
+            if outputs is not None:
+                outputs[part] = found.cpu()
 
     def batch(self, hidden_states: Tensor) -> Tensor:
         """Output for a batch of at most `batch_size` windows, on `device`; differentiable."""
+        self.store.release()
         return self.layer(hidden_states.to(self.device), **self.layer_kwargs(len(hidden_states)))
 
 
@@ -140,8 +185,31 @@ def run_and_watch(
     *,
     by_routing: bool,
 ) -> tuple[Tensor, dict[ExpertBank, dict[str, InputMoments]]]:
-    """The layer's outputs, and the moments of the inputs of these projections by bank."""
+    """The layer's outputs, and the moments of the inputs of these projections by bank, of the windows of all ranks."""
     for module in observed.values():
         module.watch_(*projections, by_routing=by_routing)
     outputs = run(hidden_states)
-    return outputs, {bank: module.moments for bank, module in observed.items()}
+    return outputs, _moments(run.ranks, observed)
+
+
+def watch_inputs(
+    run: LayerRunner,
+    hidden_states: Tensor,
+    observed: Mapping[ExpertBank, ObservedBank],
+    projections: tuple[str, ...],
+    *,
+    by_routing: bool,
+) -> dict[ExpertBank, dict[str, InputMoments]]:
+    """The moments alone."""
+    for module in observed.values():
+        module.watch_(*projections, by_routing=by_routing)
+    run.watch(hidden_states)
+    return _moments(run.ranks, observed)
+
+
+def _moments(ranks: Ranks, observed: Mapping[ExpertBank, ObservedBank]) -> dict[ExpertBank, dict[str, InputMoments]]:
+    for module in observed.values():
+        ranks.max_(module.peaks)
+        for moments in module.moments.values():
+            ranks.sum_(*(getattr(moments, field.name) for field in dataclasses.fields(moments)))
+    return {bank: module.moments for bank, module in observed.items()}

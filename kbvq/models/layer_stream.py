@@ -95,6 +95,7 @@ class LayerStream:
 
     model: the skeleton on the meta device, in eval mode, without cache, with a real rotary module.
     banks: its banks of experts (find_expert_banks). layers_path: module path of the decoder layers.
+    shards: the files that hold its tensors.
     source_bytes: size of the stored tensors that the model uses. source_dtype: the dtype of most of those bytes.
 
     Raises CheckpointError for a missing or unreadable file, a missing, misshapen or unsupported tensor and a model that
@@ -126,6 +127,7 @@ class LayerStream:
         for key in {key for source in self._sources.values() for _, key in source.keys}:
             stored = self._stored[key]
             bytes_of[STORED_DTYPES[stored.dtype]] += math.prod(stored.shape) * STORED_DTYPES[stored.dtype].itemsize
+        self.shards = sorted({stored.shard for stored in self._stored.values()})
         self.source_bytes = bytes_of.total()
         self.source_dtype = bytes_of.most_common(1)[0][0]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kbvq.errors import NumericalError
 from kbvq.method.projection import quantize_projection, report_projection
-from kbvq.models.calibration import LayerRunner, ObservedBank, observe_banks, run_and_watch
+from kbvq.models.calibration import LayerRunner, ObservedBank, observe_banks, run_and_watch, watch_inputs
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.quantization.block_tuning import tune_banks
 from kbvq.recipes import Recipe
@@ -60,7 +60,7 @@ def quantize_layer(
     for order, projection in enumerate(PROJECTIONS):
         moments = teacher_moments
         if order > 0 or not same_inputs:
-            _, moments = run_and_watch(run, inputs, observed, (projection,), by_routing=by_routing)
+            moments = watch_inputs(run, inputs, observed, (projection,), by_routing=by_routing)
         for place, (bank, module) in enumerate(observed.items()):
             seen[bank][projection] = moments[bank][projection]
             try:

@@ -1,37 +1,55 @@
-"""The layer loop: from a model folder and calibration text to a packed checkpoint.
+"""A run: from a model folder and calibration text to a packed checkpoint, in stages that can be interrupted anywhere.
 
 One decoder layer is in memory at a time. Two sets of activations walk through the model side by side: the teacher's,
 by the original weights, and the student's, by the layers quantized so far, so that each layer is quantized for the
 inputs it will really see and corrected toward the outputs it should have had.
+
+What is done to a layer is elsewhere (sensitivity, layer_quantization, distillation): functions of a layer, activations
+and statistics. Here is what they get and where their results go; `stages` has the loop, and says how to add a pass.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from kbvq.errors import ConfigError
-from kbvq.models.calibration import LayerRunner
+from kbvq.models.calibration import ActivationStore, LayerRunner
 from kbvq.models.calibration_text import calibration_windows, load_texts
 from kbvq.models.layer_stream import LayerStream, resolve_model_folder
 from kbvq.models.moe_adapters import ExpertBank
+from kbvq.models.ranks import ONE, Ranks, join_ranks
 from kbvq.quantization.block_tuning import windows_per_step
 from kbvq.quantization.distillation import distill
+from kbvq.quantization.fingerprint import run_fingerprint
 from kbvq.quantization.layer_quantization import quantize_layer
-from kbvq.quantization.planning import BudgetPlan, budget_plan, check_budget, uniform_plan
-from kbvq.quantization.sensitivity import Sensitivity, Site, divergence, probe_layer
+from kbvq.quantization.planning import budget_plan, check_budget, uniform_plan
+from kbvq.quantization.sensitivity import Sensitivity, divergence, probe_layer
+from kbvq.quantization.stages import Carry, Stage, Step, run_stages
 from kbvq.recipes import Recipe
-from kbvq.storage.checkpoint import FORMAT_VERSION, PackedCheckpointWriter, check_disk_space
-from kbvq.structures import PROJECTIONS, BankFormat, PackedBank
+from kbvq.storage.checkpoint import (
+    FORMAT_VERSION,
+    METRICS,
+    RUN_RECORD,
+    TIMING,
+    PackedCheckpointWriter,
+    check_disk_space,
+)
+from kbvq.storage.files import read_json, write_tensors
+from kbvq.storage.records import StoredFile
+from kbvq.storage.work_folder import CHECKPOINT, WorkFolder
+from kbvq.storage.work_folder import METRICS as WORK_METRICS
+from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, PackedProjection, ProjectionFormat, tensor_name
 
 logger = logging.getLogger("kbvq")
 
@@ -41,6 +59,9 @@ TOKENS_PER_BATCH = 8192
 PROBE_BYTES = 1 << 28
 """Memory for the disturbed activations from which the sensitivities are measured."""
 
+CARRIED = (BankFormat, ExpertBank, ProjectionFormat)
+"""The dataclasses that steps carry on."""
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -48,6 +69,7 @@ class QuantizeOptions:
 
     calibration: text file, folder or hub data set (see calibration_text). sequence_length: tokens per window, None for
     the smaller of 2048 and what the model takes. device: "cpu", "cuda", "cuda:1", …; None for cuda where there is one.
+    fresh: start anew where an interrupted run could go on.
     """
 
     model: str
@@ -59,6 +81,7 @@ class QuantizeOptions:
     seed: int = 0
     device: str | None = None
     overwrite: bool = False
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -69,169 +92,256 @@ class QuantizeOptions:
             raise ConfigError(f"--seed {self.seed}: must be from 0 to 2147483647")
 
 
-def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, object]:
+def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, Any]:
     """Quantize the experts of a checkpoint and write the packed one to `options.output`.
 
-    Everything that can be refused is refused before the first layer is read. The output appears whole or not at all.
+    Everything that can be refused is refused before the first layer is read. The output appears whole or not at all;
+    what is finished so far is in `<output>.partial`, and the same call goes on from there (WorkFolder).
     Returns the record of the run, as written beside the checkpoint.
     Raises KbvqError subclasses; see the functions called.
     """
-    started = time.perf_counter()
     device = _device(options.device)
+    ranks = join_ranks(device)
     folder = resolve_model_folder(options.model)
     stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
     plan = check_budget if options.recipe.budget else uniform_plan
     formats = plan(stream.banks, options.recipe, stream.config.hidden_act)
-    writer = PackedCheckpointWriter(options.output, overwrite=options.overwrite)
-    check_disk_space(options.output.parent, _output_bytes(stream, formats))
-    token_ids = _calibration_windows(options, stream, folder)
-    stream.check_finite()
-
-    windows = _Windows(stream, token_ids)
-    budget: BudgetPlan | None = None
-    if options.recipe.budget:
-        budget = _plan_within_budget(stream, windows, options)
-        formats = budget.formats
-    teacher = student = windows.embedded
-    layers: list[dict[str, object]] = []
-    seconds: list[float] = []
-    writer.add_shard(stream.outer_tensors())
-    waiting: list[PackedBank] = []  # for end-to-end tuning, after which alone they can be written
-    for index in tqdm(range(stream.num_layers), desc="quantizing", unit="layer", disable=None):
-        layer_started = time.perf_counter()
-        with stream.layer(index) as layer:
-            result = quantize_layer(
-                layer,
-                f"{stream.layers_path}.{index}",
-                {
-                    bank: format
-                    for bank, format in zip(stream.banks, formats, strict=True)
-                    if bank.decoder_layer == index
-                },
-                options.recipe,
-                run=windows.runner(layer, index),
-                teacher=teacher,
-                student=student,
-                seed=options.seed,
-            )
-        teacher, student = result.teacher, result.student
-        if options.recipe.distillation_steps:
-            waiting += result.banks
+    with WorkFolder(options.output, overwrite=options.overwrite, ranks=ranks) as work:
+        check_disk_space(options.output.parent, _output_bytes(stream, formats))
+        token_ids = _calibration_windows(options, stream, folder)
+        fingerprint = {}
+        if ranks.is_first:
+            fingerprint = run_fingerprint(stream, token_ids, options.recipe, seed=options.seed, version=kbvq_version)
+        if work.resume(fingerprint, CARRIED, fresh=options.fresh):
+            work.move_to_output()
         else:
-            _write_layer(writer, stream, index, result.banks)
-        layers.append({"layer": index, "output_error": _relative_error(student, teacher), "banks": result.reports})
-        seconds.append(time.perf_counter() - layer_started)
-        _log_layer(layers[-1], seconds[-1])
-    if options.recipe.distillation_steps:
-        waiting = distill(stream, waiting, token_ids, teacher, options.recipe, seed=options.seed)
-        owner = {bank.path: bank.decoder_layer for bank in stream.banks}
-        for index in range(stream.num_layers):
-            _write_layer(writer, stream, index, [bank for bank in waiting if owner[bank.path] == index])
-
-    num_weights = sum(getattr(f, p).num_weights for f in formats for p in PROJECTIONS)
-    bits = 8 * sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS) / num_weights
-    code_bits = 8 * sum(getattr(f, p).code_bytes for f in formats for p in PROJECTIONS) / num_weights
-    record: dict[str, object] = {
-        "recipe": options.recipe.to_dict(),
-        "calibration": {
-            "source": Path(options.calibration).name,
-            "samples": len(token_ids),
-            "sequence_length": token_ids.shape[1],
-            "seed": options.seed,
-        },
-        "compute_dtype": str(stream.dtype).removeprefix("torch."),
-        "bits_per_weight": bits,
-        "code_bits": code_bits,
-        "experts_with_few_tokens": _few_tokens(layers, options.recipe.few_tokens),
-        "layers": layers,
-    }
-    if budget is not None:
-        record["budget"] = budget.record
-    writer.finish(
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        banks=formats,
-        source_folder=folder,
-        quantization_config={
-            "quant_method": "kbvq",
-            "format_version": FORMAT_VERSION,
-            "kbvq_version": kbvq_version,
-            "recipe": options.recipe.to_dict(),
-            "bits_per_weight": bits,
-            "code_bits": code_bits,
-            "banks": [bank.to_dict() for bank in formats],
-        },
-        run_record=record,
-        timing={"total_seconds": time.perf_counter() - started, "layer_seconds": seconds, "device": str(device)},
-    )
-    return record
+            run = Run(stream, token_ids, options, formats, work, ranks)
+            seconds = run_stages(run.stages(), work, shown=ranks.is_first)
+            ranks.first(lambda: run.finish(seconds, kbvq_version))
+            work.complete()
+    return read_json(options.output / RUN_RECORD)
 
 
-def _write_layer(writer: PackedCheckpointWriter, stream: LayerStream, index: int, banks: list[PackedBank]) -> None:
-    """One shard with a decoder layer: its tensors as stored, and its packed banks."""
-    tensors = stream.layer_tensors(index)
-    for bank in banks:
-        tensors |= bank.state_dict()
-    writer.add_shard(tensors)
+class Run:
+    """The stages of one run. Between steps everything is in the carry:
 
+    embedded: the embeddings of all windows, [windows, tokens, hidden_size]; until the model is measured.
+    hidden: the same behind the layers measured so far. disturbed, growth, bias_shares: by (bank, projection), peaks: by
+        bank; see sensitivity.
+    formats: of all banks, once they are chosen. budget: the record of that choice.
+    teacher, student: activations behind the layers quantized so far. layers: their records.
+    shards: files of the checkpoint. waiting: files of packed banks that end-to-end tuning is still to change.
+    """
 
-def _plan_within_budget(stream: LayerStream, windows: _Windows, options: QuantizeOptions) -> BudgetPlan:
-    """Walk through the original model once, to measure how sensitive its predictions are to errors in each
-    projection."""
-    recipe, hidden_states = options.recipe, windows.embedded
-    disturbed: dict[Site, Tensor] = {}
-    growth: dict[Site, dict[tuple[int, int], float]] = {}
-    bias_shares: dict[Site, float] = {}
-    peaks: dict[ExpertBank, Tensor] = {}
-    for index in tqdm(range(stream.num_layers), desc="measuring", unit="layer", disable=None):
+    def __init__(
+        self,
+        stream: LayerStream,
+        token_ids: Tensor,
+        options: QuantizeOptions,
+        formats: list[BankFormat],
+        work: WorkFolder,
+        ranks: Ranks = ONE,
+    ) -> None:
+        self.stream, self.token_ids, self.options, self.recipe = stream, token_ids, options, options.recipe
+        self.formats, self.work, self.ranks = formats, work, ranks
+        self.windows = Windows(stream, token_ids, work, ranks)
+        self.writer = PackedCheckpointWriter(work.checkpoint, num_shards=stream.num_layers + 1)
+
+    def stages(self) -> list[Stage]:
+        layers, recipe = self.stream.num_layers, self.recipe
+        row = [Stage("preparing", 1, self.prepare)]
+        if recipe.budget:
+            row += [Stage("measuring layer", layers, self.measure), Stage("planning", 1, self.plan)]
+        row += [Stage("quantizing layer", layers, self.quantize)]
+        if recipe.distillation_steps:
+            row += [Stage("distilling", 1, self.distill)]
+        return row
+
+    def prepare(self, index: int, carry: Carry) -> Step:
+        """Check every weight, embed the windows, and store what is outside the layers."""
+        self.ranks.first(self.stream.check_finite)
+        embedded = self.windows.embed()
+        shard = self._write_shard(0, self.stream.outer_tensors)
+        start = {"embedded": embedded, "shards": [shard], "formats": self.formats}
+        if self.recipe.budget:
+            start |= {"hidden": embedded, "disturbed": {}, "growth": {}, "bias_shares": {}, "peaks": {}}
+        else:
+            start |= self._first_activations(embedded)
+        return Step(start)
+
+    def measure(self, index: int, carry: Carry) -> Step:
+        """How sensitive the model's predictions are to errors in each projection of a layer."""
+        stream, disturbed = self.stream, dict(carry["disturbed"])
         with stream.layer(index) as layer, torch.no_grad():
             probe = probe_layer(
                 layer,
                 f"{stream.layers_path}.{index}",
                 [bank for bank in stream.banks if bank.decoder_layer == index],
-                recipe,
-                run=windows.runner(layer, index),
-                inputs=hidden_states,
+                self.recipe,
+                run=self.windows.runner(layer, index),
+                inputs=carry["hidden"],
                 disturbed=disturbed,
-                num_probed=windows.num_probed,
-                bits=round(recipe.bits),
-                seed=options.seed + index,
+                num_probed=self.windows.num_probed,
+                bits=round(self.recipe.bits),
+                seed=self.options.seed + index,
             )
-        hidden_states = probe.outputs
-        growth |= probe.growth
-        bias_shares |= probe.bias_shares
-        peaks |= probe.peaks
-    reference = hidden_states[: windows.num_probed]
-    with stream.head(), torch.no_grad():
-        sensitivities = {
-            site: Sensitivity(divergence(stream.logits, reference, states), growth[site], bias_shares[site])
-            for site, states in disturbed.items()
+        found = {name: carry[name] | getattr(probe, name) for name in ("growth", "bias_shares", "peaks")}
+        return Step({**carry, **found, "hidden": probe.outputs, "disturbed": disturbed})
+
+    def plan(self, index: int, carry: Carry) -> Step:
+        """Choose the formats of all banks within the budget."""
+        stream = self.stream
+        reference = carry["hidden"][: self.windows.num_probed]
+        with stream.head(), torch.no_grad():
+            sensitivities = {
+                site: Sensitivity(
+                    divergence(stream.logits, reference, states), carry["growth"][site], carry["bias_shares"][site]
+                )
+                for site, states in carry["disturbed"].items()
+            }
+        plan = budget_plan(stream.banks, self.recipe, stream.config.hidden_act, sensitivities, carry["peaks"])
+        counts = Counter(row["code_bits"] for row in plan.record["projections"])  # type: ignore[attr-defined]
+        text = ", ".join(f"{n} projections with {bits} code bits" for bits, n in sorted(counts.items()))
+        chosen = {"formats": plan.formats, "budget": plan.record, "shards": carry["shards"]}
+        return Step(chosen | self._first_activations(carry["embedded"]), text)
+
+    def quantize(self, index: int, carry: Carry) -> Step:
+        """Quantize the banks of a layer and carry both sets of activations on."""
+        stream = self.stream
+        banks = {
+            bank: format
+            for bank, format in zip(stream.banks, carry["formats"], strict=True)
+            if bank.decoder_layer == index
         }
-    plan = budget_plan(stream.banks, recipe, stream.config.hidden_act, sensitivities, peaks)
-    rows = plan.record["projections"]
-    counts = Counter(row["code_bits"] for row in rows)  # type: ignore[attr-defined]
-    logger.info("code bits: %s", ", ".join(f"{n} projections with {bits}" for bits, n in sorted(counts.items())))
-    return plan
+        with stream.layer(index) as layer:
+            result = quantize_layer(
+                layer,
+                f"{stream.layers_path}.{index}",
+                banks,
+                self.recipe,
+                run=self.windows.runner(layer, index),
+                teacher=carry["teacher"],
+                student=carry["student"],
+                seed=self.options.seed,
+            )
+        carry = dict(carry)
+        if self.recipe.distillation_steps:
+            tensors = {name: tensor for bank in result.banks for name, tensor in bank.state_dict().items()}
+            if tensors:
+                name = f"banks-{index:05d}.safetensors"
+                waiting = self.work.store(name, lambda path: write_tensors(path, tensors))
+                carry["waiting"] = [*carry["waiting"], waiting]
+        else:
+            carry["shards"] = [*carry["shards"], self._write_layer(index, result.banks)]
+        record = {
+            "layer": index,
+            "output_error": _relative_error(result.student, result.teacher, self.work),
+            "banks": result.reports,
+        }
+        carry |= {"teacher": result.teacher, "student": result.student, "layers": [*carry["layers"], record]}
+        return Step(carry, _layer_text(record), {"output_error": record["output_error"]})
+
+    def distill(self, index: int, carry: Carry) -> Step:
+        """Tune all banks on the original model's predictions, and store the layers."""
+        waiting: dict[str, Tensor] = {}
+        for file in carry["waiting"]:
+            waiting |= load_file(self.work.path / file.name)
+        banks = [_bank_from_tensors(format, waiting) for format in carry["formats"]]
+        tuned = distill(self.stream, banks, self.token_ids, carry["teacher"], self.recipe, seed=self.options.seed)
+        owner = {bank.path: bank.decoder_layer for bank in self.stream.banks}
+        shards = [
+            self._write_layer(layer, [bank for bank in tuned if owner[bank.path] == layer])
+            for layer in range(self.stream.num_layers)
+        ]
+        return Step({**carry, "shards": [*carry["shards"], *shards], "waiting": []})
+
+    def finish(self, seconds: dict[str, list[float]], kbvq_version: str) -> None:
+        """Complete the checkpoint from what the last step carried."""
+        carry, recipe, options = self.work.carry, self.recipe, self.options
+        formats = carry["formats"]
+        bits = _bits([getattr(f, p).num_bytes for f in formats for p in PROJECTIONS], formats)
+        code_bits = _bits([getattr(f, p).code_bytes for f in formats for p in PROJECTIONS], formats)
+        record: dict[str, Any] = {
+            "recipe": recipe.to_dict(),
+            "calibration": {
+                "source": Path(options.calibration).name,
+                "samples": len(self.token_ids),
+                "sequence_length": self.token_ids.shape[1],
+                "seed": options.seed,
+            },
+            "compute_dtype": str(self.stream.dtype).removeprefix("torch."),
+            "bits_per_weight": bits,
+            "code_bits": code_bits,
+            "experts_with_few_tokens": _few_tokens(carry["layers"], recipe.few_tokens),
+            "layers": carry["layers"],
+        }
+        if "budget" in carry:
+            record["budget"] = carry["budget"]
+        self.writer.finish(
+            config=json.loads((self.stream.folder / "config.json").read_text(encoding="utf-8")),
+            banks=formats,
+            source_folder=self.stream.folder,
+            quantization_config={
+                "quant_method": "kbvq",
+                "format_version": FORMAT_VERSION,
+                "kbvq_version": kbvq_version,
+                "recipe": recipe.to_dict(),
+                "bits_per_weight": bits,
+                "code_bits": code_bits,
+                "banks": [bank.to_dict() for bank in formats],
+            },
+            run_record=record,
+            unhashed={
+                TIMING: {
+                    "total_seconds": sum(map(sum, seconds.values())),
+                    "layer_seconds": seconds["quantizing layer"],
+                    "device": str(self.stream.device),
+                },
+                METRICS: self.work.path / WORK_METRICS,
+            },
+        )
+
+    def _first_activations(self, embedded: Tensor) -> Carry:
+        return {"teacher": embedded, "student": embedded, "layers": [], "waiting": []}
+
+    def _write_layer(self, index: int, banks: list[PackedBank]) -> StoredFile:
+        """One shard with a decoder layer: its tensors as stored, and its packed banks."""
+        packed = {name: tensor for bank in banks for name, tensor in bank.state_dict().items()}
+        return self._write_shard(index + 1, lambda: self.stream.layer_tensors(index) | packed)
+
+    def _write_shard(self, index: int, tensors: Callable[[], dict[str, Tensor]]) -> StoredFile:
+        name = f"{CHECKPOINT}/{self.writer.shard_name(index)}"
+        return self.work.store(name, lambda path: self.writer.write_shard(index, tensors()))
 
 
-class _Windows:
+class Windows:
     """The calibration windows on their way through the model, a batch at a time."""
 
-    def __init__(self, stream: LayerStream, token_ids: Tensor) -> None:
-        self.stream = stream
+    def __init__(self, stream: LayerStream, token_ids: Tensor, store: WorkFolder, ranks: Ranks = ONE) -> None:
+        self.stream, self.token_ids, self.store, self.ranks = stream, token_ids, store, ranks
         self.batch_size = max(1, TOKENS_PER_BATCH // token_ids.shape[1])
-        self.layer_kwargs: dict[int, list[dict]] = {}  # by rows of the batch: the last one may have fewer
-        # Tuning takes fewer windows at a time; like the last batch, those need arguments of their own.
-        tuned = token_ids[: windows_per_step(token_ids.shape[1], len(token_ids))]
-        self.layer_kwargs[len(tuned)] = stream.layer_inputs(tuned)[1]
-        # So are the windows that are probed: the activations of all projections are kept for them (sensitivity).
+        # The windows that are probed: the activations of all projections are kept for them (sensitivity).
         copies = 2 * len(stream.banks) * token_ids.shape[1] * stream.config.hidden_size * stream.dtype.itemsize
         self.num_probed = max(1, min(self.batch_size, len(token_ids), PROBE_BYTES // copies))
-        self.layer_kwargs[self.num_probed] = stream.layer_inputs(token_ids[: self.num_probed])[1]
-        batches = []
-        for batch in token_ids.split(self.batch_size):
-            hidden_states, self.layer_kwargs[len(batch)] = stream.layer_inputs(batch)
-            batches.append(hidden_states.cpu())
-        self.embedded = torch.cat(batches)
+        # The layers' arguments depend on the rows of a batch; the last one may have fewer, and tuning takes fewer.
+        rows = {min(self.batch_size, len(token_ids)), self.num_probed}
+        rows |= {len(token_ids) % self.batch_size or self.batch_size}
+        rows |= {windows_per_step(token_ids.shape[1], len(token_ids))}
+        self.layer_kwargs = {
+            count: stream.layer_inputs(token_ids[:count])[1] for count in rows if count <= len(token_ids)
+        }
+
+    def embed(self) -> Tensor:
+        """Embeddings of all windows, [windows, tokens, hidden_size]."""
+        shape = (*self.token_ids.shape, self.stream.config.hidden_size)
+        embedded = self.store.empty(shape, self.stream.dtype)
+        batches = range(0, len(self.token_ids), self.batch_size)
+        for start in (batches[number] for number in self.ranks.share(len(batches))):
+            part = slice(start, start + self.batch_size)
+            embedded[part] = self.stream.layer_inputs(self.token_ids[part])[0].cpu()
+            self.store.release()
+        self.ranks.wait()
+        return embedded
 
     def runner(self, layer: nn.Module, index: int) -> LayerRunner:
         """Decoder layer `index` as a function of the activations of all windows."""
@@ -240,6 +350,8 @@ class _Windows:
             lambda rows: self.layer_kwargs[rows][index],
             batch_size=self.batch_size,
             device=self.stream.device,
+            store=self.store,
+            ranks=self.ranks,
         )
 
 
@@ -280,11 +392,14 @@ def _calibration_windows(options: QuantizeOptions, stream: LayerStream, folder: 
     )
 
 
-def _relative_error(student: Tensor, teacher: Tensor) -> float:
+def _relative_error(student: Tensor, teacher: Tensor, store: ActivationStore) -> float:
     """Σ (student − teacher)² / Σ teacher² of a layer's outputs."""
-    pairs = zip(student, teacher, strict=True)
-    error = sum(float((s.float() - t.float()).square().sum()) for s, t in pairs)
-    return error / sum(float(t.float().square().sum()) for t in teacher)
+    error = energy = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        error += float((s.float() - t.float()).square().sum())
+        energy += float(t.float().square().sum())
+        store.release()
+    return error / energy
 
 
 def _few_tokens(layers: list[dict], floor: int) -> dict[str, list[int]]:
@@ -305,13 +420,31 @@ def _few_tokens(layers: list[dict], floor: int) -> dict[str, list[int]]:
     return few
 
 
-def _log_layer(layer: dict, seconds: float) -> None:
+def _layer_text(layer: dict) -> str:
     parts = [
         f"{report['path'].rpartition('.')[2]}.{projection} error {report[projection]['relative_error']:.4f} "
         f"(+{report[projection]['bits_above_limit']:.2f} bits)"
         for report in layer["banks"]
         for projection in PROJECTIONS
     ]
-    logger.info(
-        "layer %d: output error %.5f; %s; %.1f s", layer["layer"], layer["output_error"], ", ".join(parts), seconds
-    )
+    return ", ".join([f"output error {layer['output_error']:.5f}", *parts])
+
+
+def _bits(num_bytes: list[int], formats: list[BankFormat]) -> float:
+    """Bits per weight of so many bytes."""
+    return 8 * sum(num_bytes) / sum(getattr(f, p).num_weights for f in formats for p in PROJECTIONS)
+
+
+def _bank_from_tensors(format: BankFormat, tensors: dict[str, Tensor]) -> PackedBank:
+    """Inverse of `PackedBank.state_dict`, from the tensors of many banks."""
+    packed = {
+        projection: PackedProjection(
+            getattr(format, projection),
+            {
+                name: tensors[tensor_name(format.path, projection, name)]
+                for name in getattr(format, projection).tensors()
+            },
+        )
+        for projection in PROJECTIONS
+    }
+    return PackedBank(format.path, format.kind, **packed)

@@ -1,16 +1,14 @@
 """The packed checkpoint on disk: write it, describe it from its headers, verify it.
 
 A folder that plain transformers loads: safetensors shards with the names of the model in memory, `config.json` with
-`quantization_config`, the tokenizer, and three files of our own: `kbvq_run.json` (how it was made),
-`kbvq_manifest.json` (SHA-256 of every other file; safetensors itself accepts a flipped bit) and `kbvq_timing.json`
-(seconds; outside the manifest, so that equal runs give equal manifests).
+`quantization_config`, the tokenizer, and four files of our own: `kbvq_run.json` (how it was made),
+`kbvq_manifest.json` (SHA-256 of every other file; safetensors itself accepts a flipped bit), `kbvq_timing.json` and
+`kbvq_metrics.jsonl` (seconds; outside the manifest, so that equal runs give equal manifests).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -20,18 +18,18 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kbvq.errors import CheckpointError
+from kbvq.storage.files import check_file, copy_file, file_fingerprint, read_json, write_json, write_tensors
 from kbvq.structures import PROJECTIONS, BankFormat, TensorSpec, tensor_name
 
-logger = logging.getLogger(__name__)
-
 FORMAT_VERSION = 1
+INDEX = "model.safetensors.index.json"
 MANIFEST = "kbvq_manifest.json"
 RUN_RECORD = "kbvq_run.json"
 TIMING = "kbvq_timing.json"
+METRICS = "kbvq_metrics.jsonl"
 
 COPIED_FILES = (
     "generation_config.json",
@@ -78,49 +76,28 @@ class TensorHeader(NamedTuple):
 
 
 class PackedCheckpointWriter:
-    """Writes a packed checkpoint shard by shard into `<output>.partial`, and moves it to `output` at the end.
+    """Writes the files of a packed checkpoint into `folder`, each whole and on the disk before it has its name.
 
-    An existing folder stays as it is until `finish` has everything on disk. Equal inputs give identical files.
-
-    Raises CheckpointError, at construction, when `output` is not empty and `overwrite` is False, or when
-    overwriting would delete something that is not a packed checkpoint.
+    Files of equal content for equal inputs. The number of shards is known beforehand, so each gets its final name at
+    once, and a run that was interrupted goes on with the shards that are there.
     """
 
-    _MARKER = ".kbvq_partial"
+    def __init__(self, folder: Path, num_shards: int) -> None:
+        self.folder, self.num_shards = Path(folder), num_shards
 
-    def __init__(self, output: Path, overwrite: bool = False) -> None:
-        self.output = Path(output).absolute()
-        self.partial = self.output.with_name(self.output.name + ".partial")
-        self._replaced = self.output.with_name(self.output.name + ".replaced")
-        self._headers: dict[str, TensorHeader] = {}
-        self._shard_names: list[list[str]] = []
-        self._check_output(overwrite)
-        self._start_partial()
+    def shard_name(self, index: int) -> str:
+        """The name that transformers looks for."""
+        if self.num_shards == 1:
+            return "model.safetensors"
+        return f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
 
-    def add_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write one safetensors file now; nothing of it is kept in memory.
+    def write_shard(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write one safetensors file now; nothing of it is kept in memory. Returns its fingerprint.
 
-        Raises CheckpointError when a name was written before or the file cannot be written.
+        Raises CheckpointError when the file cannot be written.
         """
-        repeated = sorted(self._headers.keys() & tensors.keys())
-        if repeated:
-            raise CheckpointError(f"{repeated[0]} is written twice; every tensor belongs to one shard")
-        path = self._shard_path(len(self._shard_names))
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(stored, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} could not be written: {error}; free some space, or choose another output folder"
-            ) from error
-        self._shard_names.append(sorted(stored))
-        for name, tensor in stored.items():
-            self._headers[name] = TensorHeader(tensor.dtype, tuple(tensor.shape), tensor.nbytes)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors written so far."""
-        return sum(header.num_bytes for header in self._headers.values())
+        return write_tensors(self.folder / self.shard_name(index), stored)
 
     def finish(
         self,
@@ -129,96 +106,48 @@ class PackedCheckpointWriter:
         banks: Iterable[BankFormat],
         source_folder: Path,
         run_record: Mapping[str, Any],
-        timing: Mapping[str, Any] | None = None,
+        unhashed: Mapping[str, Path | Mapping[str, Any]] | None = None,
     ) -> None:
-        """Complete the folder and move it to `output`.
+        """Complete the folder; may be repeated after an interruption.
 
         config: the source's config.json. quantization_config: what is added to it.
         source_folder: where the tokenizer and the generation config are copied from.
-        run_record: how the checkpoint was made; no times, or equal runs would differ. Those go to `timing`.
+        run_record: how the checkpoint was made; no times, or equal runs would differ. Those go to `unhashed`: files
+            outside the manifest by name, each a file to copy or data for JSON.
 
-        Raises CheckpointError when a tensor of a bank was not written as its format says, or when the folder
-        cannot be moved; a folder that was to be replaced is put back then.
+        Raises CheckpointError when a tensor is missing, stored twice, or not as the format of its bank says, or when a
+        file cannot be written.
         """
-        for bank in banks:
-            check_bank_tensors(bank, self._headers)
-        try:
-            self._name_shards()
-            _write_json(self.partial / "config.json", {**config, "quantization_config": quantization_config})
-            for name in COPIED_FILES:
-                if (Path(source_folder) / name).is_file():
-                    shutil.copyfile(Path(source_folder) / name, self.partial / name)
-            _write_json(self.partial / RUN_RECORD, run_record)
-            (self.partial / self._MARKER).unlink()
-            manifest = {p.name: _fingerprint(p) for p in sorted(self.partial.iterdir())}
-            _write_json(self.partial / MANIFEST, {"files": manifest})
-            if timing is not None:
-                _write_json(self.partial / TIMING, timing)
-            self._move_to_output()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.output} could not be completed: {error}; what was written is in {self.partial}"
-            ) from error
-
-    def _check_output(self, overwrite: bool) -> None:
-        if self._replaced.exists():
-            raise CheckpointError(
-                f"{self._replaced} holds a checkpoint that an interrupted run was replacing; move it back or delete it"
-            )
-        if not self.output.exists():
-            return
-        if not self.output.is_dir():
-            raise CheckpointError(f"{self.output} is a file; choose another output folder")
-        if not any(self.output.iterdir()):
-            return
-        if not overwrite:
-            raise CheckpointError(f"{self.output} is not empty; pass --overwrite to replace it, or choose another")
-        if not _is_packed_checkpoint(self.output):
-            raise CheckpointError(
-                f"{self.output} is not a packed checkpoint, and overwriting would delete what it holds; "
-                "choose another output folder, or empty this one"
-            )
-
-    def _start_partial(self) -> None:
-        if self.partial.exists():
-            if not (self.partial / self._MARKER).is_file():
-                raise CheckpointError(f"{self.partial} is in the way and was not made by kbvq; move or delete it")
-            logger.warning("removing %s, left by an interrupted run", self.partial)
-            shutil.rmtree(self.partial)
-        try:
-            self.partial.mkdir(parents=True)
-            (self.partial / self._MARKER).touch()
-        except OSError as error:
-            raise CheckpointError(f"{self.partial} cannot be created: {error}; choose another output folder") from error
-
-    def _shard_path(self, index: int) -> Path:
-        return self.partial / f"shard-{index + 1:05d}.safetensors"
-
-    def _name_shards(self) -> None:
-        """Give the shards the names that transformers looks for, now that their number is known."""
-        total = len(self._shard_names)
-        if total == 1:
-            self._shard_path(0).rename(self.partial / "model.safetensors")
-            return
+        shards = [self.shard_name(index) for index in range(self.num_shards)]
         weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shard_names):
-            file = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
-            self._shard_path(index).rename(self.partial / file)
-            weight_map |= dict.fromkeys(names, file)
-        index_json = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
-        _write_json(self.partial / "model.safetensors.index.json", index_json)
-
-    def _move_to_output(self) -> None:
-        if not self.output.exists():
-            self.partial.rename(self.output)
-            return
-        self.output.rename(self._replaced)
-        try:
-            self.partial.rename(self.output)
-        except OSError:
-            self._replaced.rename(self.output)
-            raise
-        shutil.rmtree(self._replaced)
+        headers: dict[str, TensorHeader] = {}
+        for shard in shards:
+            of_shard = _read_one_header(self.folder / shard)
+            if repeated := sorted(headers.keys() & of_shard.keys()):
+                raise CheckpointError(f"{repeated[0]} is written twice; every tensor belongs to one shard")
+            headers |= of_shard
+            weight_map |= dict.fromkeys(of_shard, shard)
+        for bank in banks:
+            check_bank_tensors(bank, headers)
+        names = [*shards, "config.json", RUN_RECORD]
+        if self.num_shards > 1:
+            total_size = sum(header.num_bytes for header in headers.values())
+            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            write_json(self.folder / INDEX, index)
+            names.append(INDEX)
+        write_json(self.folder / "config.json", {**config, "quantization_config": quantization_config})
+        for name in COPIED_FILES:
+            if (Path(source_folder) / name).is_file():
+                copy_file(Path(source_folder) / name, self.folder / name)
+                names.append(name)
+        write_json(self.folder / RUN_RECORD, run_record)
+        for name, content in (unhashed or {}).items():
+            if isinstance(content, Path):
+                copy_file(content, self.folder / name)
+            else:
+                write_json(self.folder / name, content)
+        manifest = {name: file_fingerprint(self.folder / name) for name in sorted(names)}
+        write_json(self.folder / MANIFEST, {"files": manifest})
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
@@ -227,12 +156,12 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     Raises CheckpointError for a missing, truncated or unreadable shard, or one that contradicts the index.
     """
     folder = Path(folder)
-    index_path = folder / "model.safetensors.index.json"
+    index_path = folder / INDEX
     if not index_path.exists():
         if not (folder / "model.safetensors").exists():
             raise CheckpointError(f"{folder} holds neither model.safetensors nor {index_path.name}; check the path")
         return read_file_headers([folder / "model.safetensors"])
-    weight_map = _read_json(index_path).get("weight_map")
+    weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index_path} has no weight_map from tensor to file; fetch the checkpoint again")
     headers = read_file_headers([folder / file for file in sorted(set(weight_map.values()))])
@@ -347,18 +276,13 @@ def verify_checkpoint(folder: Path) -> dict[str, int]:
     missing or differs.
     """
     folder = Path(folder)
-    expected = _read_json(folder / MANIFEST).get("files")
+    expected = read_json(folder / MANIFEST).get("files")
     if not isinstance(expected, dict):
         raise CheckpointError(f"{folder / MANIFEST} lists no files; fetch the checkpoint again")
     num_bytes = 0
     for name, fingerprint in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
-        actual = _fingerprint(path)
-        if actual != fingerprint:
-            raise CheckpointError(f"{path} is damaged: it is not what {MANIFEST} records; fetch it again")
-        num_bytes += actual["bytes"]
+        check_file(folder / name, fingerprint, "fetch the checkpoint again")
+        num_bytes += fingerprint["bytes"]
     return {"files": len(expected), "bytes": num_bytes}
 
 
@@ -420,33 +344,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _quantization_config(folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / "config.json").get("quantization_config")
+    config = read_json(folder / "config.json").get("quantization_config")
     return config if isinstance(config, dict) else {}
 
 
-def _is_packed_checkpoint(folder: Path) -> bool:
+def is_packed_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file() and _quantization_config(folder).get("quant_method") == "kbvq"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; check the path") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; fetch it again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object; fetch it again")
-    return data
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,0 +1,105 @@
+"""The processes of one run: one, or as many as `torchrun` or `accelerate launch` started.
+
+The engine is torch.distributed (NCCL between GPUs, gloo between CPUs). Every process runs the same steps; windows and
+experts are shared out, sums are added up, and the first process alone writes. With one process nothing is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kbvq.errors import KbvqError
+
+
+class Ranks:
+    """index: of this process, from 0. count: of all. device: where tensors must be to be sent."""
+
+    def __init__(self, index: int = 0, count: int = 1, device: torch.device | str = "cpu") -> None:
+        self.index, self.count, self.device = index, count, torch.device(device)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    def share(self, total: int) -> range:
+        """What this process takes of so many windows or experts: a run of neighbours, as even as can be."""
+        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add these tensors up over all processes, in place; the result is the same everywhere."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def max_(self, tensor: Tensor) -> None:
+        """The largest of all processes for each element, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+    def fill_(self, tensor: Tensor) -> None:
+        """Row k of `tensor` from the process whose `share` of the rows it is in, in place, on all processes."""
+        if self.count > 1:
+            for owner in range(self.count):
+                rows = Ranks(owner, self.count).share(len(tensor))
+                if rows:
+                    part = tensor[rows.start : rows.stop].contiguous()
+                    dist.broadcast(part, src=owner)
+                    tensor[rows.start : rows.stop] = part
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.count > 1:
+            self.sum_(torch.zeros(1, device=self.device))
+
+    def first(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns in the first process, which alone calls it: JSON-ready data, for all of them.
+
+        A KbvqError there is raised everywhere.
+        """
+        if self.count == 1:
+            return function()
+        answer: dict[str, Any] = {}
+        failure: Exception | None = None
+        if self.is_first:
+            try:
+                answer = {"result": function()}
+            except KbvqError as error:
+                answer, failure = {"error": type(error).__name__, "message": str(error)}, error
+        content = torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(content)], device=self.device)
+        dist.broadcast(length, src=0)
+        if not self.is_first:
+            content = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        dist.broadcast(content, src=0)
+        if failure is not None:
+            raise failure
+        answer = json.loads(bytes(content.tolist()))
+        if "error" in answer:
+            classes = {cls.__name__: cls for cls in KbvqError.__subclasses__()}
+            raise classes.get(answer["error"], KbvqError)(answer["message"])
+        return answer["result"]
+
+
+ONE = Ranks()
+"""A run of one process."""
+
+
+def launched_ranks() -> int:
+    """How many processes the launcher started, from the environment that torchrun and accelerate set."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_ranks(device: torch.device) -> Ranks:
+    """Meet the other processes of the launcher; without one, or with one process, there is nobody to meet."""
+    if launched_ranks() == 1:
+        return Ranks(device=device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
