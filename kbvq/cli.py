@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import kbvq
-from kbvq.errors import KbvqError
+from kbvq.errors import ConfigError, KbvqError
 from kbvq.models.calibration_text import DEFAULT_CALIBRATION
-from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
+from kbvq.quantization.pipeline import QuantizeOptions, dry_run, quantize_model
 from kbvq.recipes import CODES, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
 from kbvq.storage.checkpoint import inspect_checkpoint, verify_checkpoint
 from kbvq.storage.work_folder import is_work_folder, verify_state, work_folder
@@ -69,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--seed", type=int, default=0, help="of the windows and the codebooks (default: %(default)s)")
     quantize.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     quantize.add_argument("--overwrite", action="store_true", help="replace a non-empty output folder")
+    quantize.add_argument("--dry-run", action="store_true", help="print what the run will do and need, and do nothing")
+    quantize.add_argument(
+        "--max-memory", metavar="SIZE", help="memory it may take, e.g. 24G: more is refused (default: what is free)"
+    )
     quantize.add_argument(
         "--fresh", action="store_true", help="start anew where an interrupted run of this output could go on"
     )
@@ -139,25 +144,37 @@ def _quantize(options: argparse.Namespace) -> None:
     for name in ("idre", "codebook", "codebook_scope"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
-    record = quantize_model(
-        QuantizeOptions(
-            model=options.model,
-            output=options.output,
-            calibration=options.calibration,
-            recipe=make_recipe(options.recipe, options.bits, **changes),
-            samples=options.samples,
-            sequence_length=options.sequence_length,
-            seed=options.seed,
-            device=options.device,
-            overwrite=options.overwrite,
-            fresh=options.fresh,
-        ),
-        kbvq_version=kbvq.__version__,
+    wanted = QuantizeOptions(
+        model=options.model,
+        output=options.output,
+        calibration=options.calibration,
+        recipe=make_recipe(options.recipe, options.bits, **changes),
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+        device=options.device,
+        overwrite=options.overwrite,
+        fresh=options.fresh,
+        max_memory=_num_bytes(options.max_memory),
     )
+    if options.dry_run:
+        print("\n".join(dry_run(wanted).lines()))
+        return
+    record = quantize_model(wanted, kbvq_version=kbvq.__version__)
     print(
         f"{options.output}: {record['bits_per_weight']:.3f} bits per expert weight with everything stored, "
         f"{record['code_bits']:.3f} in codes"
     )
+
+
+def _num_bytes(text: str | None) -> int | None:
+    """Bytes of a size such as "24G" or "800M", in powers of 1000."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)B?", text, re.IGNORECASE)
+    if found is None or found[1].count(".") > 1:
+        raise ConfigError(f"--max-memory {text}: not a size; write a number of bytes, or one with K, M, G or T")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def _what_is_kept(options: argparse.Namespace) -> str:

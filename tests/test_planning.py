@@ -80,7 +80,7 @@ def test_measured_plan_beats_equal_rates_at_equal_bits(stream, tmp_path):
     with WorkFolder(options.output) as work:
         work.resume({}, ())
         run, carry = Run(stream, ids, options, [], work), {}
-        for stage in run.stages():
+        for stage in run.stages({}):
             for index in range(stage.steps if stage.name != "quantizing layer" else 0):
                 carry = stage.step(index, carry).carry
     rows = carry["budget"]["projections"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from kbvq.quantization.distillation import distill
 from kbvq.quantization.fingerprint import run_fingerprint
 from kbvq.quantization.layer_quantization import quantize_layer
 from kbvq.quantization.planning import budget_plan, check_budget, uniform_plan
+from kbvq.quantization.run_plan import TOKENS_PER_BATCH, RunPlan, make_plan, probed_windows
 from kbvq.quantization.sensitivity import Sensitivity, divergence, probe_layer
 from kbvq.quantization.stages import Carry, Stage, Step, run_stages
 from kbvq.recipes import Recipe
@@ -43,7 +44,6 @@ from kbvq.storage.checkpoint import (
     RUN_RECORD,
     TIMING,
     PackedCheckpointWriter,
-    check_disk_space,
 )
 from kbvq.storage.files import read_json, write_tensors
 from kbvq.storage.records import StoredFile
@@ -52,12 +52,6 @@ from kbvq.storage.work_folder import METRICS as WORK_METRICS
 from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, PackedProjection, ProjectionFormat, tensor_name
 
 logger = logging.getLogger("kbvq")
-
-TOKENS_PER_BATCH = 8192
-"""Tokens that run through a layer at once during calibration."""
-
-PROBE_BYTES = 1 << 28
-"""Memory for the disturbed activations from which the sensitivities are measured."""
 
 CARRIED = (BankFormat, ExpertBank, ProjectionFormat)
 """The dataclasses that steps carry on."""
@@ -69,7 +63,7 @@ class QuantizeOptions:
 
     calibration: text file, folder or hub data set (see calibration_text). sequence_length: tokens per window, None for
     the smaller of 2048 and what the model takes. device: "cpu", "cuda", "cuda:1", …; None for cuda where there is one.
-    fresh: start anew where an interrupted run could go on.
+    fresh: start anew where an interrupted run could go on. max_memory: bytes that it may take, None for what is free.
     """
 
     model: str
@@ -82,6 +76,7 @@ class QuantizeOptions:
     device: str | None = None
     overwrite: bool = False
     fresh: bool = False
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -92,6 +87,39 @@ class QuantizeOptions:
             raise ConfigError(f"--seed {self.seed}: must be from 0 to 2147483647")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run as far as it goes without reading a weight. formats: of the banks, with a budget the largest ones."""
+
+    stream: LayerStream
+    ranks: Ranks
+    formats: list[BankFormat]
+    plan: RunPlan
+
+
+def prepare_run(options: QuantizeOptions) -> Prepared:
+    """Open the model, choose formats, and plan. Raises KbvqError subclasses for what cannot be quantized."""
+    device = _device(options.device)
+    ranks = join_ranks(device)
+    folder = resolve_model_folder(options.model)
+    stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
+    choose = check_budget if options.recipe.budget else uniform_plan
+    formats = choose(stream.banks, options.recipe, stream.config.hidden_act)
+    length = _sequence_length(options, stream)
+    plan = make_plan(stream, formats, options.recipe, samples=options.samples, sequence_length=length)
+    return Prepared(stream, ranks, formats, plan)
+
+
+def dry_run(options: QuantizeOptions) -> RunPlan:
+    """The plan of a run, checked against this machine; no weight is read and nothing is written.
+
+    Raises KbvqError subclasses as `quantize_model` would before its first layer, but for the calibration text.
+    """
+    prepared = prepare_run(options)
+    prepared.plan.check(options.output, max_memory=options.max_memory, device=prepared.stream.device)
+    return prepared.plan
+
+
 def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, Any]:
     """Quantize the experts of a checkpoint and write the packed one to `options.output`.
 
@@ -100,23 +128,20 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
     Returns the record of the run, as written beside the checkpoint.
     Raises KbvqError subclasses; see the functions called.
     """
-    device = _device(options.device)
-    ranks = join_ranks(device)
-    folder = resolve_model_folder(options.model)
-    stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
-    plan = check_budget if options.recipe.budget else uniform_plan
-    formats = plan(stream.banks, options.recipe, stream.config.hidden_act)
+    prepared = prepare_run(options)
+    stream, ranks, plan = prepared.stream, prepared.ranks, prepared.plan
     with WorkFolder(options.output, overwrite=options.overwrite, ranks=ranks) as work:
-        check_disk_space(options.output.parent, _output_bytes(stream, formats))
-        token_ids = _calibration_windows(options, stream, folder)
+        token_ids = _calibration_windows(options, stream)
         fingerprint = {}
         if ranks.is_first:
+            logger.info("%s", "\n".join(plan.lines()))
             fingerprint = run_fingerprint(stream, token_ids, options.recipe, seed=options.seed, version=kbvq_version)
         if work.resume(fingerprint, CARRIED, fresh=options.fresh):
             work.move_to_output()
         else:
-            run = Run(stream, token_ids, options, formats, work, ranks)
-            seconds = run_stages(run.stages(), work, shown=ranks.is_first)
+            plan.check(options.output, max_memory=options.max_memory, device=stream.device)
+            run = Run(stream, token_ids, options, prepared.formats, work, ranks)
+            seconds = run_stages(run.stages(plan.seconds), work, shown=ranks.is_first)
             ranks.first(lambda: run.finish(seconds, kbvq_version))
             work.complete()
     return read_json(options.output / RUN_RECORD)
@@ -147,15 +172,16 @@ class Run:
         self.windows = Windows(stream, token_ids, work, ranks)
         self.writer = PackedCheckpointWriter(work.checkpoint, num_shards=stream.num_layers + 1)
 
-    def stages(self) -> list[Stage]:
+    def stages(self, seconds: Mapping[str, float]) -> list[Stage]:
+        """The row of stages; seconds: that each takes, as estimated."""
         layers, recipe = self.stream.num_layers, self.recipe
-        row = [Stage("preparing", 1, self.prepare)]
+        row = [("preparing", 1, self.prepare)]
         if recipe.budget:
-            row += [Stage("measuring layer", layers, self.measure), Stage("planning", 1, self.plan)]
-        row += [Stage("quantizing layer", layers, self.quantize)]
+            row += [("measuring layer", layers, self.measure), ("planning", 1, self.plan)]
+        row += [("quantizing layer", layers, self.quantize)]
         if recipe.distillation_steps:
-            row += [Stage("distilling", 1, self.distill)]
-        return row
+            row += [("distilling", 1, self.distill)]
+        return [Stage(name, steps, step, seconds.get(name, 1.0) / steps) for name, steps, step in row]
 
     def prepare(self, index: int, carry: Carry) -> Step:
         """Check every weight, embed the windows, and store what is outside the layers."""
@@ -321,8 +347,7 @@ class Windows:
         self.stream, self.token_ids, self.store, self.ranks = stream, token_ids, store, ranks
         self.batch_size = max(1, TOKENS_PER_BATCH // token_ids.shape[1])
         # The windows that are probed: the activations of all projections are kept for them (sensitivity).
-        copies = 2 * len(stream.banks) * token_ids.shape[1] * stream.config.hidden_size * stream.dtype.itemsize
-        self.num_probed = max(1, min(self.batch_size, len(token_ids), PROBE_BYTES // copies))
+        self.num_probed = probed_windows(stream, *token_ids.shape)
         # The layers' arguments depend on the rows of a batch; the last one may have fewer, and tuning takes fewer.
         rows = {min(self.batch_size, len(token_ids)), self.num_probed}
         rows |= {len(token_ids) % self.batch_size or self.batch_size}
@@ -367,19 +392,17 @@ def _compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _output_bytes(stream: LayerStream, formats: list[BankFormat]) -> int:
-    """Upper estimate of the packed checkpoint: what is not quantized as it was, and the packed banks."""
-    packed = sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS)
-    replaced = sum(getattr(f, p).num_weights for f in formats for p in PROJECTIONS) * stream.source_dtype.itemsize
-    return stream.source_bytes - replaced + packed + (16 << 20)
-
-
-def _calibration_windows(options: QuantizeOptions, stream: LayerStream, folder: Path) -> Tensor:
+def _sequence_length(options: QuantizeOptions, stream: LayerStream) -> int:
     longest = getattr(stream.config, "max_position_embeddings", 2048)
     length = options.sequence_length or min(2048, longest)
     if length > longest:
         raise ConfigError(f"--sequence-length {length}: the model takes at most {longest} tokens")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return length
+
+
+def _calibration_windows(options: QuantizeOptions, stream: LayerStream) -> Tensor:
+    length = _sequence_length(options, stream)
+    tokenizer = AutoTokenizer.from_pretrained(stream.folder)
     # 16 characters a token is more than any tokenizer needs: enough text to draw from, without reading on for hours.
     texts = load_texts(options.calibration, max_characters=16 * options.samples * length)
     return calibration_windows(

@@ -96,8 +96,7 @@ class PackedCheckpointWriter:
 
         Raises CheckpointError when the file cannot be written.
         """
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        return write_tensors(self.folder / self.shard_name(index), stored)
+        return write_tensors(self.folder / self.shard_name(index), tensors)
 
     def finish(
         self,

@@ -51,7 +51,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A safetensors file, whole and on the disk; returns its fingerprint. Raises CheckpointError, naming it."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, temporary, metadata={"format": "pt"})
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         fingerprint = file_fingerprint(temporary)

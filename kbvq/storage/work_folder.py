@@ -276,7 +276,7 @@ class WorkFolder:
         for name, tensor in tensors.items():
             mapped = self._mapped.get(tensor.data_ptr())
             if mapped is None or tensor.nbytes != len(mapped.mapping):
-                small[name] = tensor.detach().cpu().contiguous()
+                small[name] = tensor
                 continue
             if mapped.name not in self._files:
                 sync_mapping(self.path / mapped.name, mapped.mapping)

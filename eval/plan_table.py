@@ -1,0 +1,179 @@
+"""What runs on well-known models need, planned from their configs: `python eval/plan_table.py`.
+
+The configs are those of the published models, written down here; the shards are headers of the tensors they have, in
+bfloat16, without their content. Writes docs/results/plans.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from kbvq.errors import KbvqError
+from kbvq.models.layer_stream import LayerStream
+from kbvq.quantization.planning import check_budget
+from kbvq.quantization.progress import format_seconds
+from kbvq.quantization.run_plan import RunPlan, make_plan
+from kbvq.recipes import make_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_QWEN3 = {"model_type": "qwen3_moe", "vocab_size": 151936, "head_dim": 128, "num_experts": 128,
+          "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 40960,
+          "num_key_value_heads": 4}  # fmt: skip
+_DEEPSEEK = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+             "max_position_embeddings": 163840}  # fmt: skip
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "Mixtral-8x7B": {
+        "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 32768,
+    },
+    "Mixtral-8x22B": {
+        "model_type": "mixtral", "vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384,
+        "num_hidden_layers": 56, "num_attention_heads": 48, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 65536,
+    },
+    "Qwen1.5-MoE-A2.7B": {
+        "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+        "max_position_embeddings": 8192,
+    },
+    "Qwen3-30B-A3B": _QWEN3 | {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+    },
+    "Qwen3-235B-A22B": _QWEN3 | {
+        "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
+    "OLMoE-1B-7B": {
+        "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
+        "num_experts_per_tok": 8, "max_position_embeddings": 4096,
+    },
+    "DeepSeek-V2-Lite": _DEEPSEEK | {
+        "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+        "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+    },
+    "DeepSeek-V3": _DEEPSEEK | {
+        "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3, "q_lora_rank": 1536, "n_group": 8, "topk_group": 4,
+    },
+}  # fmt: skip
+"""Fields of config.json that shapes follow from, by the model's name; DeepSeek-V3 is published in float8, which must be
+converted to bfloat16 first."""
+
+
+def write_model(folder: Path, fields: dict[str, object]) -> PreTrainedConfig:
+    """A model folder as on the hub, one file per layer, each a header and a hole as large as its tensors."""
+    fields = dict(fields)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    weight_map: dict[str, str] = {}
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        shard = f"model-{int(parts[2]) + 1 if parts[1] == 'layers' else 0:05d}.safetensors"
+        for stored, shape in hub_tensors(name, tuple(tensor.shape), config.model_type):
+            shards.setdefault(shard, {})[stored] = shape
+            weight_map[stored] = shard
+    for shard, tensors in shards.items():
+        _write_header(folder / shard, tensors)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return config
+
+
+def hub_tensors(name: str, shape: tuple[int, ...], model_type: str) -> list[tuple[str, tuple[int, ...]]]:
+    """How a checkpoint of the hub stores a tensor of the model in memory: experts one by one."""
+    block, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
+    if model_type == "mixtral":
+        name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+        block, gate, up, down = "block_sparse_moe", "w1", "w3", "w2"
+    layer, found, projection = name.partition(".mlp.experts.")
+    if not found:
+        return [(name, shape)]
+    experts, rows, columns = shape
+    parts = [(down, rows)] if projection == "down_proj" else [(gate, rows // 2), (up, rows // 2)]
+    return [
+        (f"{layer}.{block}.experts.{expert}.{part}.weight", (height, columns))
+        for expert in range(experts)
+        for part, height in parts
+    ]
+
+
+def _write_header(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+    header, end = {}, 0
+    for name, shape in tensors.items():
+        size = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(content).to_bytes(8, "little") + content)
+        stream.truncate(8 + len(content) + end)
+
+
+def plan_model(fields: dict[str, object], recipe: str, bits: float) -> tuple[RunPlan, float]:
+    """The plan, and the seconds that it took."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder, fields)
+        started = time.perf_counter()
+        stream = LayerStream(folder, dtype=torch.float32, device="cpu")
+        chosen = make_recipe(recipe, bits)
+        formats = check_budget(stream.banks, chosen, stream.config.hidden_act)
+        plan = make_plan(stream, formats, chosen, samples=128, sequence_length=2048)
+        return plan, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(CONFIGS))
+    parser.add_argument("--recipes", nargs="+", default=["fast", "best"])
+    parser.add_argument("--bits", type=float, default=2.25)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "plans.md")
+    options = parser.parse_args()
+    columns = "model|weights, 10⁹|of experts|recipe|size, GB|after, GB|memory, GB|most of it|disk, GB|time|planned in"
+    lines = ["| " + columns.replace("|", " | ") + " |", "|---" * (columns.count("|") + 1) + "|"]
+    for model in options.models:
+        for recipe in options.recipes:
+            try:
+                plan, seconds = plan_model(CONFIGS[model], recipe, options.bits)
+            except KbvqError as error:
+                raise SystemExit(f"{model}: {error}") from error
+            largest = max(plan.memory.parts, key=lambda name: plan.memory.parts[name])
+            lines.append(
+                f"| {model} | {plan.model_weights / 1e9:.1f} | {plan.num_weights / 1e9:.1f} | {recipe} | "
+                f"{plan.source_bytes / 1e9:.1f} | {plan.output_bytes / 1e9:.1f} | {plan.memory.total / 1e9:.1f} | "
+                f"{largest} | {plan.disk.total / 1e9:.1f} | {format_seconds(sum(plan.seconds.values()))} | "
+                f"{seconds:.1f} s |"
+            )
+            print(lines[-1], flush=True)
+    note = (
+        f"\n\nMade by `python eval/plan_table.py`: {options.bits} bits, 128 windows of 2048 tokens, float32 on a CPU,\n"
+        f"one process with {torch.get_num_threads()} threads. Time is an estimate from a measurement on the\n"
+        "machine that made the table. Configs of the published models, shards of headers alone, in bfloat16.\n"
+    )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text("\n".join(lines) + note, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

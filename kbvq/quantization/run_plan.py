@@ -1,0 +1,312 @@
+"""What a run will do and need, from the config and the headers of the shards alone: the dry run.
+
+Nothing here reads a weight. Bytes follow from shapes; seconds from the shapes and a short measurement of this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from kbvq.errors import ConfigError
+from kbvq.method.projection import quantize_projection
+from kbvq.models.layer_stream import LayerStream
+from kbvq.models.moe_adapters import ExpertBank
+from kbvq.quantization.planning import projection_shape
+from kbvq.quantization.progress import format_seconds
+from kbvq.recipes import Recipe
+from kbvq.storage.checkpoint import check_disk_space
+from kbvq.structures import PROJECTIONS, BankFormat, InputMoments
+
+TOKENS_PER_BATCH = 8192
+"""Tokens that run through a layer at once during calibration."""
+
+PROBE_BYTES = 1 << 28
+"""Memory for the disturbed activations from which the sensitivities are measured."""
+
+_PROGRAM = 560 << 20  # what Python, torch and transformers take (eval/memory_benchmark.py, with threads and buffers)
+_READ_RATE = 1e9  # bytes per second of a disk, assumed
+_READS = 4  # times that the stored weights are read: hash, check, measure, quantize
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number with the parts that it is the sum of."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """model: what it is. num_weights: in the banks. model_weights: in all. bits: true bits per weight of the banks.
+    output_bytes: of the packed checkpoint. source_bytes: of the original.
+    memory: bytes at the peak of the busiest layer, on the device that computes; of the whole run. disk: bytes beside
+    the model itself. seconds: by stage.
+    """
+
+    model: str
+    num_layers: int
+    num_banks: int
+    num_experts: int
+    num_weights: int
+    model_weights: int
+    recipe: str
+    bits: float
+    output_bytes: int
+    source_bytes: int
+    memory: Amount
+    disk: Amount
+    seconds: dict[str, float]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"{self.model}: {self.num_layers} layers, recipe {self.recipe}",
+            f"  quantized  {self.num_weights / 1e9:.2f} of {self.model_weights / 1e9:.2f} billion weights: "
+            f"{self.num_experts} experts in {self.num_banks} banks",
+            f"  size       {_gigabytes(self.output_bytes)} after {_gigabytes(self.source_bytes)}; "
+            f"{self.bits:.3f} true bits per expert weight",
+            f"  memory     {_amount(self.memory)}",
+            f"  disk       {_amount(self.disk)}",
+            f"  time       about {format_seconds(sum(self.seconds.values()))}: "
+            + ", ".join(f"{name} {format_seconds(value)}" for name, value in self.seconds.items()),
+        ]
+
+    def check(self, output: Path, *, max_memory: int | None, device: torch.device) -> None:
+        """Raises ConfigError or CheckpointError when the memory or the disk cannot do; says what would help."""
+        limit = available_memory(device) if max_memory is None else max_memory
+        if self.memory.total > limit:
+            whose = "this machine has" if max_memory is None else "--max-memory allows"
+            raise ConfigError(
+                f"the run needs about {_amount(self.memory)} of memory and {whose} {_gigabytes(limit)}. Use a machine "
+                "with more, or another recipe; --max-memory SIZE says that so much may be taken"
+            )
+        check_disk_space(output, int(self.disk.total))
+
+
+def make_plan(
+    stream: LayerStream, formats: Sequence[BankFormat], recipe: Recipe, *, samples: int, sequence_length: int
+) -> RunPlan:
+    """The plan of a run with so many calibration windows. formats: of the recipe; with a budget the largest ones."""
+    banks, config = stream.banks, stream.config
+    num_weights = sum(_num_weights(bank) for bank in banks)
+    packed = sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS)
+    if recipe.budget:
+        packed = min(packed, int(recipe.bits * num_weights / 8))
+    replaced = num_weights * stream.source_dtype.itemsize
+    output = stream.source_bytes - replaced + packed
+    activations = samples * sequence_length * config.hidden_size * stream.dtype.itemsize
+    return RunPlan(
+        model=f"{type(stream.model).__name__} ({config.model_type})",
+        num_layers=stream.num_layers,
+        num_banks=len(banks),
+        num_experts=sum(bank.num_experts for bank in banks),
+        num_weights=num_weights,
+        model_weights=sum(p.numel() for p in stream.model.parameters()),
+        recipe=recipe.name,
+        bits=8 * packed / num_weights,
+        output_bytes=output,
+        source_bytes=stream.source_bytes,
+        memory=peak_memory_bytes(stream, recipe, samples=samples, sequence_length=sequence_length),
+        disk=Amount(
+            {
+                "output": output,
+                # Both sets of activations before a layer and behind it; in the first pass one and the embeddings.
+                "activations": 4 * activations,
+                "disturbed activations": 2 * disturbed_bytes(stream, samples, sequence_length) if recipe.budget else 0,
+                "banks until they are tuned": packed if recipe.distillation_steps else 0,
+            }
+        ),
+        seconds=_seconds(stream, recipe, samples * sequence_length),
+    )
+
+
+def probed_windows(stream: LayerStream, samples: int, sequence_length: int) -> int:
+    """Windows whose disturbed activations are kept for every projection: as many as fit, and one at least."""
+    copies = 2 * len(stream.banks) * sequence_length * stream.config.hidden_size * stream.dtype.itemsize
+    return max(1, min(max(1, TOKENS_PER_BATCH // sequence_length), samples, PROBE_BYTES // copies))
+
+
+def disturbed_bytes(stream: LayerStream, samples: int, sequence_length: int) -> int:
+    per_window = 2 * len(stream.banks) * sequence_length * stream.config.hidden_size * stream.dtype.itemsize
+    return probed_windows(stream, samples, sequence_length) * per_window
+
+
+def peak_memory_bytes(stream: LayerStream, recipe: Recipe, *, samples: int, sequence_length: int) -> Amount:
+    """Largest memory that is in use at one time, by what holds it: that of the layer which needs most.
+
+    Activations are mapped from the disk and not counted, but for the batch that runs.
+    """
+    size, hidden = stream.dtype.itemsize, stream.config.hidden_size
+    worst: dict[str, float] = {}
+    sizes = _layer_sizes(stream)
+    for index in range(stream.num_layers):
+        banks = [bank for bank in stream.banks if bank.decoder_layer == index]
+        weights = sum(_num_weights(bank) for bank in banks)
+        moments = {(bank, p): _moment_bytes(bank, p) for bank in banks for p in PROJECTIONS}
+        at_work = max((_coding_bytes(bank, p, recipe) for bank, p in moments), default=0)
+        widest = max([hidden, *(bank.intermediate_size * min(bank.num_experts, 8) for bank in banks)])
+        parts = {
+            "program": _PROGRAM,
+            # As read, and once more with the intermediate channels of each expert in order, and as decoded.
+            "layer": size * (sizes[index] + 2 * weights),
+            # The teacher's and the student's.
+            "statistics": 2 * sum(moments.values()),
+            "coding": at_work,
+            "batch": TOKENS_PER_BATCH * 4 * (4 * hidden + 2 * widest),
+        }
+        if recipe.budget:
+            parts["disturbed activations"] = disturbed_bytes(stream, samples, sequence_length)
+        if sum(parts.values()) > sum(worst.values()):
+            worst = parts
+    if recipe.distillation_steps:
+        tuned = _tuning_bytes(stream, recipe)
+        if sum(tuned.values()) > sum(worst.values()):
+            worst = tuned
+    return Amount(worst)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a run can have there: free ones, and those that the system would give up."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if sys.platform == "linux":
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(1024 * int(fields["MemAvailable"].split()[0]))
+        group = Path("/sys/fs/cgroup/memory.max")
+        if group.exists() and (text := group.read_text().strip()) != "max":
+            limits.append(int(text))
+    return min(limits)
+
+
+def _num_weights(bank: ExpertBank) -> int:
+    return sum(e * o * i for e, o, i in (projection_shape(bank, p) for p in PROJECTIONS))
+
+
+def _moment_bytes(bank: ExpertBank, projection: str) -> int:
+    experts, _, inputs = projection_shape(bank, projection)
+    return 4 * experts * inputs * inputs
+
+
+def _coding_bytes(bank: ExpertBank, projection: str, recipe: Recipe) -> int:
+    """Memory while a projection is coded, beside its weights and statistics."""
+    experts, outputs, inputs = projection_shape(bank, projection)
+    copies = 4  # scaled, in coding order, the errors, and what k-means or the codes take
+    factors = 3 if recipe.error_feedback else 0  # one by one, stacked, scaled
+    if recipe.codebook == "trellis":
+        copies += 2  # an index of 8 bytes for each weight
+    return 4 * copies * experts * outputs * inputs + factors * _moment_bytes(bank, projection)
+
+
+def _layer_sizes(stream: LayerStream) -> list[int]:
+    """Weights of each decoder layer."""
+    layers = stream.model.get_submodule(stream.layers_path)
+    return [sum(p.numel() for p in layer.parameters()) for layer in layers.children()]
+
+
+def _tuning_bytes(stream: LayerStream, recipe: Recipe) -> dict[str, float]:
+    """End-to-end tuning has the whole model in memory."""
+    num_weights = sum(_num_weights(bank) for bank in stream.banks)
+    others = sum(p.numel() for p in stream.model.parameters()) - num_weights
+    largest = max(_num_weights(bank) for bank in stream.banks)
+    # A trellis keeps its decoded weights, a table an index of 4 bytes for every vector.
+    each = 4.0 if recipe.codebook == "trellis" else 1.0
+    return {
+        "program": _PROGRAM,
+        "dense weights": others * stream.dtype.itemsize,
+        "codes of all banks": each * num_weights,
+        "decoded layer and its gradients": 12 * largest,
+    }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of this machine. flops: per second, of a product of matrices. per_weight: seconds to code a weight."""
+
+    flops: float
+    per_weight: float
+
+
+def machine_speed(recipe: Recipe, device: torch.device) -> Speed:
+    """Measured in about a second."""
+    return Speed(_flops(device), _coding_seconds(recipe, device))
+
+
+@lru_cache
+def _flops(device: torch.device, size: int = 768) -> float:
+    matrix = torch.rand(size, size, device=device)
+    return 2 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item())
+
+
+@lru_cache
+def _coding_seconds(recipe: Recipe, device: torch.device, experts: int = 4, size: int = 128) -> float:
+    """Of a small projection with moments of random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weights, inputs = (torch.randn(experts, size, size, generator=generator).to(device) for _ in range(2))
+    moments = InputMoments.zeros(experts, size, device)
+    for expert in range(experts):
+        moments.add_(expert, inputs[expert], torch.ones(size, device=device))
+    bits = None if not recipe.budget else max(1, min(4, round(recipe.bits)))
+    format = recipe.projection_format(experts, size, size, bits=bits)
+    seconds = _best_seconds(lambda: quantize_projection(weights, moments, moments, format, recipe, seed=0), times=1)
+    return seconds / weights.numel()
+
+
+def _best_seconds(work: object, times: int = 3) -> float:
+    best = float("inf")
+    for _ in range(times):
+        started = time.perf_counter()
+        work()  # type: ignore[operator]
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _seconds(stream: LayerStream, recipe: Recipe, tokens: int) -> dict[str, float]:
+    """By stage, from the products that a token takes part in and the weights that are coded."""
+    speed = machine_speed(recipe, stream.device)
+    config = stream.config
+    top_k = getattr(config, "num_experts_per_tok", 2)
+    dense = sum(p.numel() for p in stream.model.get_submodule(stream.layers_path).parameters())
+    dense -= sum(_num_weights(bank) for bank in stream.banks)
+    forward = moments = 0
+    for bank in stream.banks:
+        used = top_k if bank.kind == "routed" else 1
+        forward += 2 * used * _num_weights(bank) // bank.num_experts
+        moments += 2 * used * (bank.hidden_size**2 + bank.intermediate_size**2)
+    forward += 2 * dense
+    passes = 4 if recipe.error_feedback or recipe.bcos else 3  # teacher, student before gate/up, before down, behind
+    watched = 1.5  # the teacher's moments, and the student's of each projection: once more
+    seconds = {"preparing": _READS / 2 * stream.source_bytes / _READ_RATE}
+    reading = stream.source_bytes / _READ_RATE
+    if recipe.budget:
+        seconds["measuring layer"] = tokens * (forward + moments) / speed.flops + reading
+    seconds["quantizing layer"] = (
+        tokens * (passes * forward + watched * moments) / speed.flops
+        + speed.per_weight * sum(_num_weights(bank) for bank in stream.banks)
+        + reading
+    )
+    if recipe.distillation_steps:
+        steps = recipe.distillation_steps * 2048
+        seconds["distilling"] = steps * 4 * forward / speed.flops
+    return seconds
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes < 1e11 else f"{num_bytes / 1e9:,.0f} GB"
+
+
+def _amount(amount: Amount) -> str:
+    parts = [f"{name} {_gigabytes(value)}" for name, value in amount.parts.items() if value]
+    return f"{_gigabytes(amount.total)} ({', '.join(parts)})"

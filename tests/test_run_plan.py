@@ -1,0 +1,104 @@
+"""Plans: from headers alone, true to what a run then does, and refusals before it starts."""
+
+import json
+
+import pytest
+import torch
+from plan_table import CONFIGS, plan_model
+from quantizing import quantize
+from safetensors.torch import load_file
+from tiny_models import save_tiny_model
+
+from kbvq.cli import main
+from kbvq.errors import CheckpointError, ConfigError
+from kbvq.quantization.progress import Part, Progress, format_seconds
+from kbvq.recipes import make_recipe
+
+PUBLISHED = {
+    "Mixtral-8x7B": 46.7,
+    "Mixtral-8x22B": 140.6,
+    "Qwen1.5-MoE-A2.7B": 14.3,
+    "Qwen3-30B-A3B": 30.5,
+    "OLMoE-1B-7B": 6.92,
+    "DeepSeek-V2-Lite": 15.7,
+}
+"""Billions of parameters, as their authors state them."""
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_plans_of_published_models_know_their_size(model):
+    plan, _ = plan_model(CONFIGS[model], "fast", 2.25)
+    assert plan.model_weights / 1e9 == pytest.approx(PUBLISHED[model], rel=0.006)
+    assert plan.source_bytes == 2 * plan.model_weights  # bfloat16, none of them ties its embeddings
+    assert plan.bits == pytest.approx(2.25)
+    assert plan.output_bytes == pytest.approx(plan.source_bytes - plan.num_weights * (2 - 2.25 / 8), rel=1e-6)
+    # The statistics: second moments in float32 of the inputs of both projections, the teacher's and the student's.
+    config = CONFIGS[model]
+    experts = config.get("num_experts") or config.get("num_local_experts") or config["n_routed_experts"]
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    assert plan.memory.parts["statistics"] >= 8 * experts * (config["hidden_size"] ** 2 + width**2)
+
+
+def options(tmp_path, text):
+    return ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--calibration", str(text),
+            "--samples", "8", "--sequence-length", "32", "--bits", "3.5", "--recipe", "fast"]  # fmt: skip
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, text, capsys):
+    save_tiny_model(tmp_path / "model", "qwen2_moe")
+    for shard in (tmp_path / "model").glob("*.safetensors"):
+        with open(shard, "r+b") as stream:  # no weight is read: there are only zeros behind the header
+            length = int.from_bytes(stream.read(8), "little")
+            size = shard.stat().st_size
+            stream.truncate(8 + length)
+            stream.truncate(size)
+    assert main(["quantize", *options(tmp_path, text), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("2 layers", "quantized", "true bits", "memory", "disk", "time", "measuring layer"):
+        assert part in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_every_run_prints_its_plan_and_keeps_to_its_size(tmp_path, text, caplog):
+    save_tiny_model(tmp_path / "model", "mixtral", dtype=torch.bfloat16)
+    record = quantize(tmp_path / "model", tmp_path / "out", text, make_recipe("paper", 2, kmeans_iterations=3))
+    planned = next(line for line in caplog.text.splitlines() if "true bits per expert weight" in line)
+    assert f"{record['bits_per_weight']:.3f} true bits" in planned
+    stored = sum(t.nbytes for path in (tmp_path / "out").glob("*.safetensors") for t in load_file(path).values())
+    assert f"size       {stored / 1e9:.2f} GB" in planned
+
+
+def test_too_little_memory_or_disk_is_refused_with_the_numbers(tmp_path, text, capsys, monkeypatch):
+    save_tiny_model(tmp_path / "model", "mixtral")
+    assert main(["quantize", *options(tmp_path, text), "--max-memory", "100M"]) == 2
+    error = capsys.readouterr().err
+    assert "--max-memory allows 0.10 GB" in error and "statistics" in error
+    with pytest.raises(ConfigError, match="this machine has 0.00 GB"):
+        monkeypatch.setattr("kbvq.quantization.run_plan.available_memory", lambda device: 1000)
+        quantize(tmp_path / "model", tmp_path / "out", text)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("kbvq.storage.checkpoint.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match="1,000 free"):
+        quantize(tmp_path / "model", tmp_path / "out", text, max_memory=1 << 40)
+    assert main(["quantize", *options(tmp_path, text), "--max-memory", "much"]) == 2
+    assert "--max-memory much" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_time_left_follows_what_was_measured():
+    parts = [Part("a", 4, 10.0), Part("b", 2, 50.0)]
+    assert Progress(parts, {}, shown=False).seconds_left() == 140
+    # Half as fast as estimated, in the part that is measured and in the one to come.
+    assert Progress(parts, {"a": [20.0]}, shown=False).seconds_left() == 3 * 20 + 2 * 100
+    assert Progress(parts, {"a": [20.0] * 4, "b": [30.0]}, shown=False).seconds_left() == 30
+    assert [format_seconds(s) for s in (0.25, 42, 90, 3 * 3600 + 299)] == ["0.2 s", "42 s", "2 min", "3 h 05 min"]
+
+
+def test_seconds_and_bytes_of_every_step_are_in_the_metrics(tmp_path, text):
+    save_tiny_model(tmp_path / "model", "olmoe")
+    quantize(tmp_path / "model", tmp_path / "out", text, make_recipe("fast", 3.5, kmeans_iterations=2), samples=8)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "kbvq_metrics.jsonl").read_text().splitlines()]
+    stages = ["preparing", *["measuring layer"] * 2, "planning", *["quantizing layer"] * 2]
+    assert [line["stage"] for line in lines] == stages
+    timing = json.loads((tmp_path / "out" / "kbvq_timing.json").read_text())
+    assert timing["total_seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
