@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +126,8 @@ class MachineCode:
 
 
 class _Recorder:
-    def __init__(self, kernel: triton.JITFunction, launches: list[Launch]):
-        self.kernel, self.launches, self.grid = kernel, launches, ()
+    def __init__(self, kernel: triton.JITFunction, take: Callable[[Launch], None]):
+        self.kernel, self.take, self.grid = kernel, take, ()
 
     def __getitem__(self, grid: tuple[int, ...]) -> _Recorder:
         self.grid = grid
@@ -136,23 +136,32 @@ class _Recorder:
     def __call__(self, *args: object, **kwargs: object) -> None:
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        self.launches.append(Launch(self.kernel, self.grid, arguments, options))
+        self.take(Launch(self.kernel, self.grid, arguments, options))
 
 
 @contextlib.contextmanager
 def record(capability: int = 90, modules: Sequence[ModuleType] = KERNEL_MODULES) -> Iterator[list[Launch]]:
     """Within the block, launchers find a card of this compute capability (90 = sm_90), but the modules' kernels
     are not run: their launches are collected in the list that is yielded."""
-    kernels = [(module, name, k) for module in modules for name, k in kernels_of(module).items()]
     launches: list[Launch] = []
-    replaced = launch._interpreted, launch.capability
-    for module, name, kernel in kernels:
-        setattr(module, name, _Recorder(kernel, launches))
-    launch._interpreted, launch.capability = lambda: False, lambda x: divmod(capability, 10)
-    try:
+    with intercept(launches.append, capability, modules):
         yield launches
+
+
+@contextlib.contextmanager
+def intercept(
+    take: Callable[[Launch], None], capability: int = 90, modules: Sequence[ModuleType] = KERNEL_MODULES
+) -> Iterator[None]:
+    """As `record`; each launch goes to `take` when it happens."""
+    kernels = [(module, name, k) for module in modules for name, k in kernels_of(module).items()]
+    replaced = launch.capability
+    for module, name, kernel in kernels:
+        setattr(module, name, _Recorder(kernel, take))
+    launch.capability = lambda x: divmod(capability, 10)
+    try:
+        yield
     finally:
-        launch._interpreted, launch.capability = replaced
+        launch.capability = replaced
         for module, name, kernel in kernels:
             setattr(module, name, kernel)
 
@@ -164,15 +173,18 @@ def kernels_of(module: ModuleType) -> dict[str, triton.JITFunction]:
 
 
 def compile_launch(entry: Launch, capability: int) -> triton.compiler.CompiledKernel:
-    """Compile for one compute capability (90 = sm_90); pointers are taken as 16-byte aligned, as torch allocates."""
+    """Compile for one compute capability (90 = sm_90), specialised as Triton does at run time: for ones, multiples of
+    16 and pointers to multiples of 16 bytes, as torch allocates them and those of meta tensors are taken to be."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(entry.kernel.params):
         value = entry.arguments[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[parameter.name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif value == 1:  # as Triton specializes it at run time
+            signature[parameter.name] = _TYPES[value.dtype]
+            if value.is_meta or value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif value == 1:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         else:
             signature[parameter.name] = "i32"

@@ -8,7 +8,7 @@ when SIGNED, a bit per weight. A *word* is an int64 of a codeword's values (an i
 codeword is WORDS of them. Tables of words are [.., TABLES, WORDS, C]: equal words of all codewords lie together, so
 that a load of one word meets every memory bank. A *pair* is two adjacent weights of a codeword as 16-bit floats.
 
-Where FLOAT32 is set values are widened before any arithmetic: the Triton interpreter computes bfloat16 wrongly.
+Where FLOAT32 is set values are widened before any arithmetic, for products in float32.
 """
 
 from __future__ import annotations

@@ -319,7 +319,7 @@ def grouped(
         BIAS=p.bias is not None,
         GATED=gated,
         ACTIVATION=activation or "relu",
-        FLOAT32=x.dtype == torch.float32 or _interpreted(),
+        FLOAT32=x.dtype == torch.float32,
         BLACKWELL=capability(x) >= (10, 0),
         COPIES=0 if x.dtype == torch.float32 else table_copies(p, tables),
         BLOCK_M=blocks["BLOCK_M"],
@@ -333,13 +333,8 @@ def grouped(
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """CUDA compute capability of the tensor's device; (0, 0) without one, as in the interpreter."""
+    """CUDA compute capability of the tensor's device; (0, 0) without one."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-
-
-def _interpreted() -> bool:
-    """The Triton interpreter computes bfloat16 products wrongly: there everything runs in float32."""
-    return not isinstance(tile_kernels.grouped_kernel, triton.JITFunction)
 
 
 def combine(rows: Tensor, slots: Tensor | None, experts: Tensor, weights: Tensor, num_experts: int, y: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 Triton lays a tensor of 32 elements for each warp of the program out with element i in thread i. Such tensors are the
 registers of ordinary SIMT code, and `mma` may take them as the fragments that PTX names, whatever a version of Triton
-thinks of layouts. tests/kernels/ptx_emulator.py executes these strings in Triton's interpreter.
+thinks of layouts.
 
 Lookups: Triton has none in shared memory that keeps its table. `share_tables` writes COPIES copies of the tables side
 by side, so that each lane of a load has banks of its own and no two lanes wait for each other.
