@@ -44,6 +44,10 @@ CODES["rq-moe"] = CODES["rq"]
 MIN_BITS, MAX_BITS = 1.5, 4.0
 """True bits per weight that a budget can be set to."""
 
+BUDGET_RANKS = (0, 2, 4, 8, 16)
+MAX_FACTOR_BITS = 0.1
+"""Ranks of the shared basis that a budget chooses from, as long as the factors cost at most so many bits per weight."""
+
 NUM_GROUPS = 8
 """Groups of the codewords of stage 0 of rq-moe: its tables then take at most 34 KiB at 2 bits."""
 
@@ -63,9 +67,8 @@ class Recipe:
     column_scale: normalise the channels too, by the deviation of what error feedback makes of them.
     idre, klt: low-rank structure shared by the experts is split off, in the basis of the input statistics (klt) or
         of a plain SVD.
-    rank_divisor: rank of the shared basis = in_features / rank_divisor, at least 1 (paper: 128). A budget may also
-    choose
-        none, twice or four times as much.
+    rank_divisor: without a budget, rank of the shared basis = in_features / rank_divisor, at least 1 (paper: 128). A
+        budget chooses from BUDGET_RANKS.
     factor_dtype, codebook_dtype: storage of basis and coefficients, and of codewords: "float16" or "int8".
     bcos: scale and bias per output channel that restore the teacher's output statistics.
     error_feedback: code the channels in turn, each for the errors made before it, under the second moments of each
@@ -130,8 +133,9 @@ class Recipe:
         """Ranks of the shared basis for inputs of that width: what a budget may choose, or the one there is."""
         if not self.idre:
             return (0,)
-        rank = max(1, in_features // self.rank_divisor)
-        return (0, rank, 2 * rank, 4 * rank) if self.budget else (rank,)
+        if self.budget:
+            return tuple(rank for rank in BUDGET_RANKS if rank < in_features)
+        return (max(1, in_features // self.rank_divisor),)
 
     def projection_format(
         self,
@@ -188,9 +192,12 @@ class Recipe:
         for bits in CODES[self.codebook]:
             for rank in self.ranks(in_features):
                 try:
-                    formats[bits, rank] = self.projection_format(*shape, bits=bits, rank=rank)
+                    format = self.projection_format(*shape, bits=bits, rank=rank)
                 except ConfigError as error:
                     refusal = error
+                    continue
+                if 8 * format.factor_bytes <= MAX_FACTOR_BITS * format.num_weights:
+                    formats[bits, rank] = format
         if not formats and refusal is not None:
             raise refusal
         return formats
@@ -209,7 +216,7 @@ _FAST: dict[str, object] = {
     "codebook_scope": "bank",
     "row_scale": True,
     "column_scale": True,
-    "idre": False,
+    "idre": True,
     "factor_dtype": "int8",
     "codebook_dtype": "int8",
     "error_feedback": True,
@@ -224,7 +231,7 @@ _FAST: dict[str, object] = {
 _RECIPES: dict[str, dict[str, object]] = {
     "paper": {},
     "fast": _FAST,
-    "default": _FAST | {"refits": 5},
+    "default": _FAST | {"codebook": "trellis"},
     "best": _FAST | {"codebook": "trellis", "distillation_steps": 60},
 }
 
@@ -235,8 +242,8 @@ def make_recipe(name: str, bits: float, **changes: object) -> Recipe:
     """The recipe of that name at `bits`, with single fields replaced by `changes`.
 
     "paper": KBVQ-MoE as published. "fast": a bit budget, one codebook with sign bits per bank and projection, row
-    scales, second-order error feedback, output correction. "default": that, with the codebooks refitted more often.
-    "best": a trellis code, and end-to-end tuning on the original model's predictions.
+    scales, second-order error feedback, output correction, and where it pays a shared basis. "default": that with a
+    trellis code instead of the codebook. "best": that, and end-to-end tuning on the original model's predictions.
     Raises ConfigError on an unknown name or an unsupported value.
     """
     if name not in _RECIPES:

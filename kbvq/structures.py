@@ -206,6 +206,12 @@ class ProjectionFormat:
         """Bytes on disk of the codes alone."""
         return self.tensors()["codes"].num_bytes
 
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes on disk of the shared basis and the coefficients."""
+        factors = ("basis", "basis_scale", "coefficients", "coefficients_scale")
+        return sum(spec.num_bytes for name, spec in self.tensors().items() if name in factors)
+
     def to_dict(self) -> dict[str, int | str | bool]:
         return dataclasses.asdict(self)
 

@@ -9,7 +9,15 @@ from kbvq.method.projection import quantize_projection
 from kbvq.method.rate_distortion import weighted_error
 from kbvq.models.calibration import LayerRunner, ObservedBank
 from kbvq.models.moe_adapters import ExpertBank
-from kbvq.quantization.sensitivity import Sensitivity, _noise_law, divergence, probe_layer, super_experts
+from kbvq.quantization.sensitivity import (
+    EXPONENTS,
+    Sensitivity,
+    _noise_law,
+    divergences,
+    probe_layer,
+    probed_rates,
+    super_experts,
+)
 from kbvq.recipes import make_recipe
 from kbvq.structures import InputMoments
 
@@ -42,38 +50,64 @@ def test_noise_has_the_size_of_the_error_that_quantization_makes_at_every_rate()
     """Within a fifth for the trellis code, whose errors are Gaussian-like; vector codes differ more from their law."""
     recipe = make_recipe("best", 2, bcos=False, prior_tokens=0.0)
     weights, moments = problem()
-    law = _noise_law(weights, moments, recipe, bits=2)
-    noise = law.draw(torch.Generator().manual_seed(1))
-    drawn = sum(weighted_error(noise[e], moments.expert_moments(e, 0.0)[0]) for e in range(EXPERTS))
+    law = _noise_law(weights, moments, recipe, (2, 3))
+    white = law.white(torch.Generator().manual_seed(1))
+
+    def drawn(rate):
+        noise = law.noise(white, rate)
+        return sum(weighted_error(noise[e], moments.expert_moments(e, 0.0)[0]) for e in range(EXPERTS))
+
     for bits in (2, 3):
         made = quantization_error(weights, moments, recipe, bits)
-        assert 0.8 < drawn * law.growth[bits, 0] / made < 1.25
+        assert 0.8 < drawn(bits) / made < 1.25
+        assert 0.8 < drawn(2) * law.growth[bits, 0] / made < 1.25
 
 
 def test_growth_says_what_a_shared_basis_saves():
-    recipe = make_recipe("best", 2, bcos=False, prior_tokens=0.0, idre=True, rank_divisor=64)
+    recipe = make_recipe("best", 2, bcos=False, prior_tokens=0.0, idre=True)
     for shared in (0.0, 0.05):
         weights, moments = problem(shared=shared)
-        growth = _noise_law(weights, moments, recipe, bits=2).growth
-        saved = growth[2, 1] / growth[2, 0]
+        growth = _noise_law(weights, moments, recipe, (2, 3)).growth
+        saved = growth[2, 2] / growth[2, 0]
         assert saved < 0.5 if shared else saved > 0.9
-        made = [quantization_error(weights, moments, recipe, 2, rank=rank) for rank in (0, 1)]
+        made = [quantization_error(weights, moments, recipe, 2, rank=rank) for rank in (0, 2)]
         assert 0.7 < saved / (made[1] / made[0]) < 1.4
 
 
 def test_bias_share_is_the_constant_part_of_the_error():
     recipe = make_recipe("best", 2, prior_tokens=0.0)
     weights, moments = problem(shift=3.0)
-    law = _noise_law(weights, moments, recipe, bits=2)
-    noise = law.draw(torch.Generator().manual_seed(1))
+    law = _noise_law(weights, moments, recipe, (2, 3))
+    noise = law.noise(law.white(torch.Generator().manual_seed(1)), 2)
     constant = total = 0.0
     for expert in range(EXPERTS):
         second_moment, mean = moments.expert_moments(expert, 0.0)
         constant += (noise[expert] @ mean).square().mean().item()  # per row, as weighted_error
         total += weighted_error(noise[expert], second_moment)
     assert abs(law.bias_share - constant / total) < 0.05
-    sensitivity = Sensitivity(0.01, law.growth, law.bias_share)
+    sensitivity = Sensitivity({2: 0.01, 3: 0.003}, law.growth, law.bias_share)
     assert sensitivity.predict(2, 0, bias=True) < sensitivity.predict(2, 0, bias=False) == 0.01
+
+
+def test_predictions_follow_the_power_law_through_the_probes():
+    growth = {(1, 0): 8.0, (2, 0): 1.0, (3, 0): 0.25, (4, 0): 0.0625, (2, 4): 0.5}
+    proportional = Sensitivity({2: 0.04, 3: 0.01}, growth, 0.0)
+    saturated = Sensitivity({2: 0.04, 3: 0.02}, growth, 0.0)  # grows as the root of the energy
+    for sensitivity, exponent in ((proportional, 1.0), (saturated, 0.5)):
+        assert abs(sensitivity.exponent - exponent) < 1e-9
+        assert abs(sensitivity.predict(1, 0, bias=False) - 0.04 * 8.0) < 1e-9  # more noise than probed: no saturation
+        for bits, of_probe, energy in ((2, 2, 1.0), (3, 3, 1.0), (4, 3, 0.25)):
+            expected = sensitivity.divergences[of_probe] * energy**exponent
+            assert abs(sensitivity.predict(bits, 0, bias=False) - expected) < 1e-9
+        assert abs(sensitivity.predict(2, 4, bias=False) - 0.04 * 0.5**exponent) < 1e-9
+    # Two probes are a sample: what they say is kept within bounds, and nothing measured means nothing predicted.
+    assert Sensitivity({2: 0.04, 3: 0.05}, growth, 0.0).exponent == EXPONENTS[0]
+    assert Sensitivity({2: 0.9, 3: 0.001}, growth, 0.0).exponent == EXPONENTS[1]
+    assert Sensitivity({2: 0.0, 3: 0.0}, growth, 0.0).predict(1, 0, bias=False) == 0.0
+
+
+def test_probed_rates_lie_around_the_budget():
+    assert [probed_rates(bits) for bits in (1.5, 2, 2.25, 3.3, 4)] == [(1, 2), (2, 3), (2, 3), (3, 4), (3, 4)]
 
 
 def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():
@@ -97,7 +131,7 @@ def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():
     run = LayerRunner(layer, lambda rows: {}, batch_size=4, device=torch.device("cpu"))
     inputs = torch.randn(6, 50, 8, generator=torch.Generator().manual_seed(1))
     earlier = (ExpertBank("before", "routed", 2, 8, 8, -1), "down_proj")
-    disturbed = {earlier: inputs[:3] + 1}
+    disturbed = {(earlier, 2): inputs[:3] + 1}
     with torch.no_grad():
         probe = probe_layer(
             layer,
@@ -108,17 +142,19 @@ def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():
             inputs=inputs,
             disturbed=disturbed,
             num_probed=3,
-            bits=2,
+            rates=(2, 3),
             seed=0,
         )
         assert isinstance(layer.mlp.experts, ObservedBank)  # with the original weights again, in another order
         torch.testing.assert_close(layer(inputs), probe.outputs, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(disturbed[earlier], layer(inputs[:3] + 1), rtol=1e-4, atol=1e-5)
-    own = {site: states for site, states in disturbed.items() if site != earlier}
-    assert list(own) == [(bank, "gate_up_proj"), (bank, "down_proj")]
-    for states in own.values():
-        relative = (states - probe.outputs[:3]).square().mean() / probe.outputs[:3].square().mean()
-        assert 1e-4 < relative < 1
+        torch.testing.assert_close(disturbed[earlier, 2], layer(inputs[:3] + 1), rtol=1e-4, atol=1e-5)
+    own = {probe: states for probe, states in disturbed.items() if probe[0] != earlier}
+    assert list(own) == [((bank, name), rate) for name in ("gate_up_proj", "down_proj") for rate in (2, 3)]
+    relative = [
+        (states - probe.outputs[:3]).square().mean() / probe.outputs[:3].square().mean() for states in own.values()
+    ]
+    assert all(1e-4 < value < 1 for value in relative)
+    assert relative[1] < 0.5 * relative[0] and relative[3] < 0.5 * relative[2]
     largest = (probe.outputs - inputs).abs().max()
     assert probe.peaks[bank].max() == largest
 
@@ -126,10 +162,14 @@ def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():
 def test_divergence_is_the_mean_kl_of_the_predictions():
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(5, 9, generator=generator)
-    reference, other = torch.randn(2, 3, 4, 5, generator=generator)
-    p, q = ((states.double() @ head.double()).softmax(-1) for states in (reference, other))
-    expected = (p * (p / q).log()).sum(-1).mean().item()
-    assert abs(divergence(lambda states: states @ head, reference, other) - expected) < 1e-5
+    reference, *others = torch.randn(3, 3, 4, 5, generator=generator)
+
+    def expected(other):
+        p, q = ((states.double() @ head.double()).softmax(-1) for states in (reference, other))
+        return (p * (p / q).log()).sum(-1).mean().item()
+
+    found = divergences(lambda states: states @ head, reference, dict(enumerate(others)))
+    assert all(abs(found[i] - expected(other)) < 1e-5 for i, other in enumerate(others))
 
 
 def test_super_experts_stand_far_above_all_others():

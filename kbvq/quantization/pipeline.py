@@ -35,7 +35,7 @@ from kbvq.quantization.fingerprint import run_fingerprint
 from kbvq.quantization.layer_quantization import quantize_layer
 from kbvq.quantization.planning import budget_plan, check_budget, uniform_plan
 from kbvq.quantization.run_plan import TOKENS_PER_BATCH, RunPlan, make_plan, probed_windows
-from kbvq.quantization.sensitivity import Sensitivity, divergence, probe_layer
+from kbvq.quantization.sensitivity import Sensitivity, divergences, probe_layer, probed_rates
 from kbvq.quantization.stages import Carry, Stage, Step, run_stages
 from kbvq.recipes import Recipe
 from kbvq.storage.checkpoint import (
@@ -208,7 +208,7 @@ class Run:
                 inputs=carry["hidden"],
                 disturbed=disturbed,
                 num_probed=self.windows.num_probed,
-                bits=round(self.recipe.bits),
+                rates=probed_rates(self.recipe.bits),
                 seed=self.options.seed + index,
             )
         found = {name: carry[name] | getattr(probe, name) for name in ("growth", "bias_shares", "peaks")}
@@ -219,12 +219,12 @@ class Run:
         stream = self.stream
         reference = carry["hidden"][: self.windows.num_probed]
         with stream.head(), torch.no_grad():
-            sensitivities = {
-                site: Sensitivity(
-                    divergence(stream.logits, reference, states), carry["growth"][site], carry["bias_shares"][site]
-                )
-                for site, states in carry["disturbed"].items()
-            }
+            measured = divergences(stream.logits, reference, carry["disturbed"])
+        rates = probed_rates(self.recipe.bits)
+        sensitivities = {
+            site: Sensitivity({rate: measured[site, rate] for rate in rates}, growth, carry["bias_shares"][site])
+            for site, growth in carry["growth"].items()
+        }
         plan = budget_plan(stream.banks, self.recipe, stream.config.hidden_act, sensitivities, carry["peaks"])
         counts = Counter(row["code_bits"] for row in plan.record["projections"])  # type: ignore[attr-defined]
         text = ", ".join(f"{n} projections with {bits} code bits" for bits, n in sorted(counts.items()))

@@ -28,7 +28,7 @@ from kbvq.structures import PROJECTIONS, BankFormat, InputMoments
 TOKENS_PER_BATCH = 8192
 """Tokens that run through a layer at once during calibration."""
 
-PROBE_BYTES = 1 << 28
+PROBE_BYTES = 1 << 29
 """Memory for the disturbed activations from which the sensitivities are measured."""
 
 _PROGRAM = 560 << 20  # what Python, torch and transformers take (eval/memory_benchmark.py, with threads and buffers)
@@ -134,13 +134,17 @@ def make_plan(
 
 def probed_windows(stream: LayerStream, samples: int, sequence_length: int) -> int:
     """Windows whose disturbed activations are kept for every projection: as many as fit, and one at least."""
-    copies = 2 * len(stream.banks) * sequence_length * stream.config.hidden_size * stream.dtype.itemsize
-    return max(1, min(max(1, TOKENS_PER_BATCH // sequence_length), samples, PROBE_BYTES // copies))
+    per_window = _disturbed_bytes_per_window(stream, sequence_length)
+    return max(1, min(max(1, TOKENS_PER_BATCH // sequence_length), samples, PROBE_BYTES // per_window))
 
 
 def disturbed_bytes(stream: LayerStream, samples: int, sequence_length: int) -> int:
-    per_window = 2 * len(stream.banks) * sequence_length * stream.config.hidden_size * stream.dtype.itemsize
-    return probed_windows(stream, samples, sequence_length) * per_window
+    return probed_windows(stream, samples, sequence_length) * _disturbed_bytes_per_window(stream, sequence_length)
+
+
+def _disturbed_bytes_per_window(stream: LayerStream, sequence_length: int) -> int:
+    """A copy of the activations for both projections of every bank at both rates that are probed."""
+    return 4 * len(stream.banks) * sequence_length * stream.config.hidden_size * stream.dtype.itemsize
 
 
 def peak_memory_bytes(stream: LayerStream, recipe: Recipe, *, samples: int, sequence_length: int) -> Amount:

@@ -11,11 +11,12 @@ writes, as when it comes from down, whose own are spread over all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kbvq.method.error_feedback import channel_order, target_variances, upper_factor
@@ -35,29 +36,61 @@ SUPER_MEDIANS = 20.0
 """And above so many medians, which the paper does not ask: else every model would have some."""
 
 
+EXPONENTS = (0.25, 1.25)
+"""Bounds on how KL grows with the energy of the noise: as its root where the model saturates, in proportion where it
+does not; the rest of the range is for the sampling error of two probes."""
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+
 Site = tuple[ExpertBank, str]
 """A projection of a bank."""
+
+
+def probed_rates(bits: float) -> tuple[int, int]:
+    """The two code rates whose noise is measured: those around the bits per weight that a budget spends."""
+    lower = min(max(int(bits), 1), 3)
+    return lower, lower + 1
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """Of one projection of a bank.
 
-    divergence: KL(original ‖ disturbed) per token when it alone is disturbed, by the noise of the rate that was probed.
-    growth: by (code bits, rank of the shared basis), the energy of that noise as a multiple of the probed one's, which
-        has rank 0. Low rates grow faster than their distortion, because error feedback then feeds back more.
+    divergences: by code bits, KL(original ‖ disturbed) per token when it alone is disturbed by the noise of that rate,
+        at the rates that were probed.
+    growth: by (code bits, rank of the shared basis), the energy of that noise as a multiple of that of the lowest
+        probed rate, which has rank 0. Low rates grow faster than their distortion, because error feedback then feeds
+        back more.
     bias_share: share of the error of its outputs that is constant over tokens, which a bias takes away.
     """
 
-    divergence: float
+    divergences: dict[int, float]
     growth: dict[tuple[int, int], float]
     bias_share: float
 
+    @property
+    def exponent(self) -> float:
+        """How the divergence grows with the energy of the noise, from the two probes: 1 for a second-order effect, less
+        where the model saturates (the first layers of a real model: about ½)."""
+        low, high = min(self.divergences), max(self.divergences)
+        energies = self.growth[low, 0], self.growth[high, 0]
+        if min(*energies, *self.divergences.values()) <= 0 or energies[0] <= energies[1]:
+            return 1.0
+        slope = math.log(self.divergences[low] / self.divergences[high]) / math.log(energies[0] / energies[1])
+        return min(max(slope, EXPONENTS[0]), EXPONENTS[1])
+
     def predict(self, bits: int, rank: int, *, bias: bool) -> float:
         """Expected KL per token when the projection is stored with so many code bits, this rank of the shared basis,
-        and
-        with or without a bias."""
-        return self.divergence * self.growth[bits, rank] * (1 - self.bias_share * bias)
+        and with or without a bias: on the power law through the probes, from the nearer of them.
+
+        Noise larger than what was probed is not trusted to saturate: beside the noise of all other projections it does
+        not, and a rate that is too low would look cheap.
+        """
+        nearest = min(self.divergences, key=lambda rate: abs(rate - bits))
+        energy = self.growth[bits, rank] * (1 - self.bias_share * bias) / max(self.growth[nearest, 0], 1e-30)
+        beyond = energy > 1 and nearest == min(self.divergences)
+        return self.divergences[nearest] * energy ** (max(self.exponent, 1.0) if beyond else self.exponent)
 
 
 @dataclass(frozen=True)
@@ -79,17 +112,18 @@ def probe_layer(
     *,
     run: LayerRunner,
     inputs: Tensor,
-    disturbed: dict[Site, Tensor],
+    disturbed: dict[tuple[Site, int], Tensor],
     num_probed: int,
-    bits: int,
+    rates: tuple[int, ...],
     seed: int,
 ) -> LayerProbe:
     """Run a decoder layer of the original model: on all windows, on the first `num_probed` with the noise of each of
-    its projections, and on those that come disturbed from the layers before.
+    its projections at each rate, and on those that come disturbed from the layers before.
 
     layer: materialised, at `layer_path` of its model; its banks' modules are replaced. inputs: [windows, tokens,
-    hidden_size] on the CPU. disturbed: by site, [num_probed, tokens, hidden_size]; replaced by the layer's outputs, and
-    joined by those of its own sites. bits: the rate whose noise is taken.
+    hidden_size] on the CPU. disturbed: by site and rate, [num_probed, tokens, hidden_size]; replaced by the layer's
+    outputs, and joined by those of its own sites. rates: code bits whose noise is taken, the same noise at each but for
+    its size, so that the differences between them are not those of two draws.
     """
     observed = observe_banks(layer, layer_path, banks)
     outputs, moments = run_and_watch(run, inputs, observed, PROJECTIONS, by_routing=recipe.routing_weighted)
@@ -100,28 +134,37 @@ def probe_layer(
     generator = torch.Generator().manual_seed(seed)
     for module in observed.values():
         module.watch_()
-    for site, states in disturbed.items():
-        disturbed[site] = run.batch(states).cpu()
+    for probe, states in disturbed.items():
+        disturbed[probe] = run.batch(states).cpu()
     growth, bias_shares = {}, {}
     for bank, module in observed.items():
         for projection in PROJECTIONS:
             weights = module.weights[projection]
             site = bank, projection
-            law = _noise_law(weights, moments[bank][projection], recipe, bits)
+            law = _noise_law(weights, moments[bank][projection], recipe, rates)
             growth[site], bias_shares[site] = law.growth, law.bias_share
-            module.set_(projection, weights.float() + law.draw(generator), None)
-            disturbed[site] = run.batch(inputs[:num_probed]).cpu()
+            white = law.white(generator)
+            for rate in rates:
+                module.set_(projection, weights.float() + law.noise(white, rate), None)
+                disturbed[site, rate] = run.batch(inputs[:num_probed]).cpu()
             module.set_(projection, weights, None)
     return LayerProbe(outputs, growth, bias_shares, peaks)
 
 
-def divergence(logits: Callable[[Tensor], Tensor], reference: Tensor, disturbed: Tensor) -> float:
-    """Mean over tokens of KL(original ‖ disturbed), from the last layer's outputs [windows, tokens, hidden_size]."""
-    total = 0.0
-    for original, other in zip(reference, disturbed, strict=True):
-        wanted, found = (logits(states[None])[0].float().log_softmax(-1) for states in (original, other))
-        total += F.kl_div(found, wanted, reduction="sum", log_target=True).item()
-    return total / (len(reference) * reference.shape[1])
+def divergences(
+    logits: Callable[[Tensor], Tensor], reference: Tensor, disturbed: Mapping[_Key, Tensor]
+) -> dict[_Key, float]:
+    """Mean over tokens of KL(original ‖ disturbed) by the keys of `disturbed`, from the last layer's outputs [windows,
+    tokens, hidden_size]; the original's predictions are made once for all."""
+    totals = dict.fromkeys(disturbed, 0.0)
+    for window, states in enumerate(reference):
+        log_p = logits(states[None])[0].float().log_softmax(-1)
+        p = log_p.exp()
+        for key, others in disturbed.items():
+            found = logits(others[window][None])[0].float()
+            # Token by token, before the sum over tokens: the terms are far larger than their difference.
+            totals[key] += ((p * (log_p - found)).sum(-1) + found.logsumexp(-1)).sum().item()
+    return {key: total / (len(reference) * reference.shape[1]) for key, total in totals.items()}
 
 
 def super_experts(peaks: dict[str, Tensor]) -> dict[str, list[int]]:
@@ -141,34 +184,38 @@ def super_experts(peaks: dict[str, Tensor]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class _NoiseLaw:
-    """The quantization error's law at one rate: (W − Ŵ) M = white · deviations, channels in `order`.
+    """The quantization error's law: (W − Ŵ) M = white · deviations, channels in `order`.
 
-    spread: [E, out_features], row scales. factor: [E, n, n] M. deviations: [E, n]. growth, bias_share: see Sensitivity.
+    spread: [E, out_features], row scales. factor: [E, n, n] M. deviations: by rate, [E, n]. growth, bias_share: see
+    Sensitivity.
     """
 
     order: Tensor
     spread: Tensor
     factor: Tensor
-    deviations: Tensor
+    deviations: dict[int, Tensor]
     growth: dict[tuple[int, int], float]
     bias_share: float
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Noise [E, out_features, n] float32."""
-        shape = (*self.spread.shape, len(self.order))
-        white = torch.randn(shape, generator=generator).to(self.spread.device)
-        white *= self.spread[..., None] * self.deviations[:, None]
-        noise = torch.linalg.solve_triangular(self.factor, white, upper=True, left=False)
+    def white(self, generator: torch.Generator) -> Tensor:
+        """Unit-Gaussian values [E, out_features, n] float32."""
+        return torch.randn((*self.spread.shape, len(self.order)), generator=generator).to(self.spread.device)
+
+    def noise(self, white: Tensor, rate: int) -> Tensor:
+        """Noise of a rate [E, out_features, n] float32 from white values."""
+        scaled = white * self.spread[..., None] * self.deviations[rate][:, None]
+        noise = torch.linalg.solve_triangular(self.factor, scaled, upper=True, left=False)
         return noise[..., self.order.argsort()]
 
 
-def _noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, bits: int) -> _NoiseLaw:
+def _noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tuple[int, ...]) -> _NoiseLaw:
     order = channel_order(moments.pooled_second_moment(), 1)
     rates = {rate: code.distortion for rate, code in CODES[recipe.codebook].items()}
     residuals = _residuals(weights.float(), moments, recipe)
     spreads = {rank: row_scales(residual) for rank, residual in residuals.items()}
     energy = {(rate, rank): 0.0 for rank in residuals for rate in rates}
-    factors, deviations, constant = [], [], 0.0
+    factors, constant = [], 0.0
+    deviations: dict[int, list[Tensor]] = {rate: [] for rate in probed}
     for expert in range(len(weights)):
         second_moment, mean = moments.expert_moments(expert, recipe.prior_tokens)
         factor = upper_factor(second_moment[order][:, order], recipe.damping)
@@ -179,21 +226,23 @@ def _noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, bits: int
             for rate, distortion in rates.items():
                 variances = distortion * diagonal * target_variances(factor, own, distortion)
                 energy[rate, rank] += mass * variances.sum().item()
-                if (rate, rank) == (bits, 0):
-                    deviations.append(variances.sqrt())
+                if rank or rate not in probed:
+                    continue
+                deviations[rate].append(variances.sqrt())
+                if rate == probed[0]:
                     # The constant input in the coordinates of M: what it sums up of the error is the same for all
                     # tokens.
                     direction = torch.linalg.solve_triangular(factor, mean[order][:, None], upper=True)[:, 0]
                     constant += mass * (variances * direction.square()).sum().item()
         factors.append(factor)
-    probed = max(energy[bits, 0], 1e-30)
+    lowest = max(energy[probed[0], 0], 1e-30)
     return _NoiseLaw(
         order,
         spreads[0],
         torch.stack(factors),
-        torch.stack(deviations),
-        growth={option: of_option / probed for option, of_option in energy.items()},
-        bias_share=constant / probed,
+        {rate: torch.stack(of_rate) for rate, of_rate in deviations.items()},
+        growth={option: of_option / lowest for option, of_option in energy.items()},
+        bias_share=constant / lowest,
     )
 
 
