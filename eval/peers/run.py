@@ -8,6 +8,7 @@ every expert was quantized and nothing else was; the dense checkpoint is compare
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "tests/models/tiny-qwen3-moe")
     parser.add_argument("--calibration", type=Path, default=ROOT / "tests/data/calibration.txt")
     parser.add_argument("--test", type=Path, default=ROOT / "tests/data/test.txt")
+    parser.add_argument("--windows", type=int, help="of the test text, that are scored (default: all)")
     parser.add_argument("--results", type=Path, default=ROOT / "docs/results/peers.json", help="rows are merged in")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -230,6 +232,7 @@ def main() -> None:
 
     test = text_windows(args.test.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(model), WINDOW)
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    test = dataclasses.replace(test, tokens=test.tokens[: args.windows])
     baseline = BaselineCache.of_model(original, test.tokens)
     for bits in args.bits:
         for peer in (peer for peer in args.peer if competes(peer, bits)):

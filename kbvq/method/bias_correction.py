@@ -3,6 +3,14 @@
 KBVQ-MoE's BCOS (arXiv 2602.11184, section 4.2): y = (1 + s) ⊙ (Ŵ x) + b with
 s = σ_y/σ_ŷ − 1 and b = μ_y − (1 + s) μ_ŷ, moments over the tokens routed to the expert. The moments of a linear
 map follow from those of its inputs, μ_y = W μ_x and σ_y² = diag(W (M − μ μᵀ) Wᵀ), so no token is stored.
+
+Where we differ from the paper:
+- the moments of y are of the original model's inputs, those of ŷ of the inputs in the model as quantized so far, so a
+  correction also makes up for what the layers before it lost;
+- both are shrunk toward the moments of all experts of the bank by a few virtual tokens (Recipe.prior_tokens), so that
+  an expert without tokens has moments too, and count a token by its squared routing weight where the recipe says so;
+- 1 + s stays within SLOPE_LIMITS, and is 1 for a channel of ŷ that does not vary (`bias_correction`);
+- the slope is multiplied into the row scale and both are stored in float16.
 """
 
 from __future__ import annotations
@@ -11,7 +19,8 @@ import torch
 from torch import Tensor
 
 SLOPE_LIMITS = (0.2, 5.0)
-"""Bounds on 1 + s. The paper has none; a channel outside them has next to no variance to match."""
+"""Bounds on 1 + s. The paper has none; a channel outside them has next to no variance to match. The bias is
+computed with the slope as bounded, so that the mean is met in any case."""
 
 
 def output_moments(weight: Tensor, second_moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,21 @@ from torch import Tensor
 from kbvq.codes.packing import decode_factors, dequantize_expert
 from kbvq.errors import NumericalError
 from kbvq.method.bias_correction import bias_correction, output_moments
-from kbvq.method.rate_distortion import bits_above_limit, shannon_distortion, weighted_error, weighted_spectrum
+from kbvq.method.rate_distortion import (
+    bits_above_limit,
+    row_moment,
+    shannon_distortion,
+    weighted_error,
+    weighted_spectrum,
+)
 from kbvq.method.shared_basis import shared_low_rank
 from kbvq.method.vector_quantization import column_scales, row_scales, vector_quantize
 from kbvq.recipes import Recipe
 from kbvq.structures import InputMoments, PackedProjection, ProjectionFormat
+
+LIMIT_EXPERTS = 4
+"""Experts of a projection whose limit is computed: each takes an eigenvalue problem, and that of all experts together
+would cost more than the quantization."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class ProjectionReport:
     """What quantizing one projection cost and kept.
 
     relative_error: Σ_e tr(Δ H_e Δᵀ) / Σ_e tr(W H_e Wᵀ), Δ = W − Ŵ without bias, H_e the inputs' second moments.
-    bits_above_limit: ½ log₂(D/D*) at the true bits per weight, against the Gaussian Shannon limit.
+    bits_above_limit: ½ log₂(D/D*) of an expert at the projection's true bits per weight, against the Gaussian Shannon
+        limit of its rows under its inputs; mean over at most LIMIT_EXPERTS experts.
     """
 
     bits_per_weight: float
@@ -84,26 +95,24 @@ def report_projection(
     weights: Tensor, packed: PackedProjection, student: InputMoments, *, prior_tokens: float
 ) -> ProjectionReport:
     """Weighted error of a packed projection and its distance from the Shannon limit (rate_distortion)."""
-    row_moment = torch.zeros_like(student.outer_sum[0])
-    for weight in weights:
-        row_moment.addmm_(weight.float().T, weight.float())
-    row_moment /= weights.shape[0] * weights.shape[1]
     bits = 8 * packed.format.num_bytes / packed.format.num_weights
-    error = energy = limit = 0.0
-    pooled = shannon_distortion(weighted_spectrum(student.pooled_second_moment(), row_moment), bits)
+    error = energy = 0.0
+    above = []
+    limited = range(0, len(weights), -(-len(weights) // LIMIT_EXPERTS))
     for expert, weight in enumerate(weights):
         second_moment, _ = student.expert_moments(expert, prior_tokens)
-        error += weighted_error(weight - dequantize_expert(packed.format, packed.tensors, expert), second_moment)
+        lost = weighted_error(weight - dequantize_expert(packed.format, packed.tensors, expert), second_moment)
+        error += lost
         energy += weighted_error(weight, second_moment)
-        # The limit is evaluated once, on the pooled moment, and follows the expert's input energy: E eigenvalue
-        # problems per projection would cost more than the quantization.
-        limit += pooled * float(second_moment.trace() / student.pooled_second_moment().trace().clamp_min(1e-30))
+        if expert in limited:
+            limit = shannon_distortion(weighted_spectrum(second_moment, row_moment(weight)), bits)
+            above.append(bits_above_limit(lost, limit))
     return ProjectionReport(
         bits_per_weight=bits,
         code_bits=8 * packed.format.code_bytes / packed.format.num_weights,
         rank=packed.format.rank,
         relative_error=error / energy if energy else 0.0,
-        bits_above_limit=bits_above_limit(error, limit),
+        bits_above_limit=sum(above) / len(above),
     )
 
 
