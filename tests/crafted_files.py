@@ -42,7 +42,7 @@ from kbvq.models.moe_adapters import find_expert_banks
 from kbvq.serving.hf import KbvqConfig, KbvqQuantizer
 from kbvq.serving.packed_experts import PackedBankModule
 from kbvq.storage.checkpoint import inspect_checkpoint
-from kbvq_kernels import cpu
+from kbvq_kernels import build, cpu
 
 FORMATS = {
     "vq": {"codebook_size": 4096, "num_codebooks": None, "has_scale": True, "has_bias": True},
@@ -306,7 +306,7 @@ def run(folders: dict[str, Path], work: Path, files: int, seed: int) -> tuple[di
 
 def sanitize() -> None:
     """Compile the decoder with AddressSanitizer, whose library this process has loaded."""
-    cpu.FLAGS = (*cpu.FLAGS, "-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+    build.FLAGS = (*build.FLAGS, "-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
     cpu.library.cache_clear()
     if cpu.library() is None:
         sys.exit("the decoder was not compiled")

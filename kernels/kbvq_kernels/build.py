@@ -1,7 +1,11 @@
-"""C++ for the CPU, compiled on first use and kept in a cache."""
+"""C++ for the CPU: compiled on first use and kept in a cache, or beforehand for all kinds of this machine's processors.
+
+python -m kbvq_kernels.build        # beside the sources: a wheel or an image made then needs no compiler
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import hashlib
 import logging
@@ -12,9 +16,22 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
+
+TARGETS = {
+    ("x86_64", "AVX512"): "-march=x86-64-v4",
+    ("x86_64", "AVX2"): "-march=x86-64-v3",
+    ("x86_64", "DEFAULT"): "-march=x86-64",
+    ("aarch64", "DEFAULT"): "-march=armv8-a",
+}
+"""(machine, what torch calls its vectors) -> the instructions that the compiler may use."""
+
+LIBRARIES = ("cpu_decode", "cpu_feedback", "cpu_trellis")
+SOURCES = Path(__file__).parent
 
 
 def cache_dir() -> Path:
@@ -24,39 +41,76 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kbvq_kernels"
 
 
-def _processor() -> str:
-    """What -march=native depends on: a cache shared between machines keeps one library for each kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+def _machine() -> str:
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def target() -> str:
+    """The compiler's flag for this processor; on a machine that TARGETS does not know, what compilers take for all."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    flag = TARGETS.get((_machine(), vectors)) or TARGETS.get((_machine(), "DEFAULT"))
+    return flag or "-O3"  # given twice
+
+
+def _file_name(name: str, target: str) -> str:
+    """Says what the library was compiled from, so that another version of this package builds its own."""
+    source = (SOURCES / f"{name}.cpp").read_text()
+    key = hashlib.sha256("\0".join([source, *FLAGS]).encode()).hexdigest()[:16]
+    return f"{name}-{target.partition('=')[2] or platform.machine()}-{key}.so"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+def _compile(name: str, target: str, compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / f"{name}.so"
+        command = [compiler, target, *FLAGS, str(SOURCES / f"{name}.cpp"), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        built.replace(path)
 
 
 def compiled_library(name: str, *, task: str, otherwise: str) -> ctypes.CDLL | None:
-    """The library made of `name`.cpp beside this file with $CXX, g++ or c++; None, and a warning, when that cannot be.
+    """The library made of `name`.cpp: one beside it, else one in the cache, else made now with $CXX, g++ or c++; None,
+    and a warning, when that cannot be.
 
     task, otherwise: what the log says that it does ("experts decode"), and how that is done without it.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
+    file, compiler = _file_name(name, target()), _compiler()
+    path = next((folder / file for folder in (SOURCES, cache_dir()) if (folder / file).exists()), None)
+    if path is None and compiler is None:
         logger.warning("kbvq: no C++ compiler found; %s with %s on the CPU (slower)", task, otherwise)
         return None
-    source = Path(__file__).with_name(f"{name}.cpp")
-    key = hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    path = cache_dir() / f"{name}-{key}.so"
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                built = Path(folder) / f"{name}.so"
-                command = [compiler, *FLAGS, str(source), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                built.replace(path)
+        if path is None:
+            path = cache_dir() / file
+            _compile(name, target(), str(compiler), path)
         loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning("kbvq: %s with %s on the CPU (slower): %s failed: %s", task, otherwise, compiler, detail)
         return None
-    logger.info("kbvq: %s with %s (compiled by %s) on the CPU", task, path, compiler)
+    logger.info("kbvq: %s with %s on the CPU", task, path)
     return loaded
+
+
+def main() -> None:
+    """Raises subprocess.CalledProcessError when a compilation fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=SOURCES, help="where to; default: beside the sources")
+    parser.add_argument(
+        "--compiler", default=_compiler(), help="default: $CXX, g++ or c++; or one that compiles across"
+    )
+    parser.add_argument("--machine", default=_machine(), choices=sorted({machine for machine, _ in TARGETS}))
+    options = parser.parse_args()
+    for (machine, _), flag in TARGETS.items():
+        for name in LIBRARIES if machine == options.machine else ():
+            path = options.folder / _file_name(name, flag)
+            _compile(name, flag, options.compiler, path)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

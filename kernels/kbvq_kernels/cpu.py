@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kbvq_kernels.build import compiled_library
 from kbvq_kernels.prepared import PreparedProjection
-from kbvq_kernels.reference import ACTIVATIONS, trellis_states, weight_signs
+from kbvq_kernels.reference import ACTIVATIONS, TRELLIS_STATE_BITS, trellis_codewords, trellis_states, weight_signs
 
 DECODE_TOKENS = 16
 """Up to this many tokens of one expert are multiplied while decoding; above, its rows are decoded once for F.linear."""
@@ -22,7 +22,7 @@ DECODE_TOKENS = 16
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled decoder, built on first use; None, and a warning, when that cannot be."""
+    """The compiled decoder; None, and a warning, when there is none."""
     return compiled_library("cpu_decode", task="experts decode", otherwise="torch.embedding")
 
 
@@ -59,24 +59,52 @@ def _byte_signs() -> Tensor:
     return weight_signs(torch.arange(256, dtype=torch.uint8)[:, None]).float()
 
 
+@functools.cache
+def _byte_values(bits: int) -> Tensor:
+    """What the codes of one byte decode to, for each value of it and of the bits after it that they depend on.
+
+    float32 [2^(8 + 12 - bits), 8 / bits]; bits 1, 2 or 4.
+    """
+    windows = torch.arange(1 << 8 + TRELLIS_STATE_BITS - bits)
+    states = torch.stack([windows >> shift for shift in range(0, 8, bits)], -1) & (1 << TRELLIS_STATE_BITS) - 1
+    return trellis_codewords(bits).float()[states]
+
+
+def _decode_trellis(p: PreparedProjection, codes: Tensor) -> Tensor:
+    """Values of streams uint8 [K, bytes] in torch, float32 [K, N]: one lookup a byte, at 3 bits one a weight."""
+    if p.trellis_bits == 3:
+        return F.embedding(trellis_states(codes, 3), p.table.view(-1, 1))[..., 0]
+    stream = torch.cat([codes, codes[:, :2]], 1).int()  # a byte's last code ends within the next two
+    length = codes.shape[1]
+    window = stream[:, :length] | stream[:, 1 : length + 1] << 8 | stream[:, 2 : length + 2] << 16
+    window &= (1 << 8 + TRELLIS_STATE_BITS - p.trellis_bits) - 1
+    return F.embedding(window, _byte_values(p.trellis_bits)).flatten(-2)
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise ValueError("a codeword belongs to a group that has no table; the packed tensors are damaged")
+
+
 def decode_expert(p: PreparedProjection, expert: int) -> Tensor:
-    """decode(codes_e), float32 [N, K]."""
+    """decode(codes_e), float32 [N, K]; of a trellis code a transposed view."""
     book = min(expert, p.table.shape[0] - 1)
     codes, table = p.codes[expert], p.table[book]
     groups = None if p.groups is None else p.groups[book]
     compiled = library()
+    threads = torch.get_num_threads()
+    if p.trellis_bits:
+        if compiled is None:
+            return _decode_trellis(p, codes).T
+        out = torch.empty(p.in_features, p.out_features)
+        sizes = _longs(p.out_features, p.in_features, p.trellis_bits, threads)
+        compiled.kbvq_trellis_decode(_address(codes), _address(p.words), _address(out), *sizes)
+        return out.T
     if compiled is not None:
         out = torch.empty(p.out_features, p.in_features)
-        threads = torch.get_num_threads()
-        if p.trellis_bits:
-            sizes = _longs(p.out_features, p.in_features, p.trellis_bits, threads)
-            compiled.kbvq_trellis_decode(_address(codes), _address(table), _address(out), *sizes)
-        else:
-            pointers = (_address(t) for t in (codes, table, groups, out))
-            compiled.kbvq_decode(*pointers, *_longs(*_format(p), threads))
+        pointers = (_address(t) for t in (codes, table, groups, out))
+        _check(compiled.kbvq_decode(*pointers, *_longs(*_format(p), threads)))
         return out
-    if p.trellis_bits:
-        return F.embedding(trellis_states(codes, p.trellis_bits), table.view(-1, 1))[..., 0].T.contiguous()
     stages = _unpack_codes(p, expert)
     weight = F.embedding(stages[0], table[0]).flatten(-2)
     if p.signed:
@@ -113,13 +141,13 @@ def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjec
     out = torch.empty(pairs, p.out_features)
     threads = torch.get_num_threads()
     if p.trellis_bits:
-        pointers = (_address(t) for t in (p.codes, p.table, x, rows, experts, out))
+        pointers = (_address(t) for t in (p.codes, p.words, x, rows, experts, out))
         sizes = pairs, p.out_features, p.in_features, p.trellis_bits, threads
         library().kbvq_trellis_products(*pointers, *_longs(*sizes))
     else:
         pointers = (_address(t) for t in (p.codes, p.table, p.groups, x, rows, experts, out))
-        sizes = pairs, *_format(p), p.table.shape[0] > 1, threads
-        library().kbvq_products(*pointers, *_longs(*sizes))
+        sizes = pairs, *_format(p), p.table.shape[0], threads
+        _check(library().kbvq_products(*pointers, *_longs(*sizes)))
     if p.rank:
         low = (x @ p.basis.float().T)[rows]
         if p.factor_scale is not None:
@@ -134,8 +162,23 @@ def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjec
 
 
 def _linear(x: Tensor, p: PreparedProjection, expert: int) -> Tensor:
-    y = F.linear(x, dequantize_expert(p, expert).to(x.dtype))
+    """W_e x + b_e of many tokens, [T, N] in x's dtype, float32 or bfloat16; the scale multiplies the products."""
+    y = F.linear(x, decode_expert(p, expert).to(x.dtype))
+    if p.rank:
+        low = F.linear(x, p.basis.to(x.dtype))
+        coefficients = p.coefficients[expert].float()
+        if p.factor_scale is not None:
+            coefficients = coefficients * p.factor_scale[expert]
+        y = y + F.linear(low, coefficients.to(x.dtype))
+    if p.scale is not None:
+        y = y * p.scale[expert].to(x.dtype)
     return y if p.bias is None else y + p.bias[expert].to(x.dtype)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16; without, those of float32 are several times faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def moe_forward(
@@ -169,9 +212,10 @@ def moe_forward(
         h = (act(gate) * up).contiguous()
         rows[pairs] = _decode_products(h, torch.arange(len(pairs)), hit, down)
     many = valid & ~few
+    inputs = x if x.dtype == torch.bfloat16 and multiplies_bfloat16() else x.float()
     for e in flat[many].unique().tolist():
         pairs = (many & (flat == e)).nonzero().squeeze(1)
-        gate, up = _linear(x[pairs // top_k], gate_up, e).chunk(2, -1)
+        gate, up = _linear(inputs[pairs // top_k], gate_up, e).chunk(2, -1)
         rows[pairs] = _linear(act(gate) * up, down, e).float()
     weighted = torch.where(valid[:, None], rows * weights.reshape(-1, 1).float(), 0.0)
     return weighted.view(num_tokens, top_k, -1).sum(1).to(x.dtype)

@@ -1,71 +1,47 @@
-// Decodes packed experts on the CPU: products with a few vectors, and whole rows. Compiled on first use by cpu.py.
+// Decodes packed experts on the CPU: products with a few vectors, and whole rows. Compiled by cpu.py, once for each
+// kind of processor: all arithmetic is on vectors of eight floats, which the compiler maps to what the target has.
 //
-// A codeword is a vector of D floats. Two neighbours make a chunk, a register of 2 D floats: it costs two table loads
-// and, with signs, one masked exclusive or, and is multiplied with every token of the expert while it is there. Several
-// rows at a time share the loads of x. A table of 256 codewords of 8 is 8 KiB and stays in L1.
+// Weights come in chunks of eight of a row: one codeword of 8, two of 4 or four of 2, a table load each; signs are one
+// exclusive or with a mask from a table of all bytes. Chunks of several rows share the loads of x, and a chunk is
+// multiplied with every token of the expert while it is there. Tables of 256 codewords of 8 and the masks are 8 KiB
+// each and stay in L1.
+//
+// A trellis code has a lookup for every weight, which no register holds. One lookup here gives the values of two rows
+// at once: their states overlap in all but `bits` bits, and a table of 2^(12 + bits) pairs of 16-bit floats is 32 KiB
+// for 1 bit and 64 KiB for 2. Eight rows of a column are four lookups and a conversion.
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#if defined(__AVX512DQ__) && defined(__AVX512VL__)
+#ifdef __F16C__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-template <int D>
-struct Lanes {
-    typedef float Vector __attribute__((vector_size(4 * D)));
-    typedef int32_t Bits __attribute__((vector_size(4 * D)));
-    static Vector load(const float* p) {
-        Vector v;
-        std::memcpy(&v, p, sizeof v);
-        return v;
+typedef float Floats __attribute__((vector_size(32), may_alias));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef float Half __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef uint64_t Pairs __attribute__((vector_size(32)));
+
+template <class V>
+inline V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Floats& accumulator(float* p) { return *(Floats*)p; }  // p at a multiple of 32 bytes
+
+// The sign bits of eight weights for every byte of a sign plane.
+struct Signs {
+    alignas(32) int32_t masks[256][8];
+    constexpr Signs() : masks() {
+        for (int byte = 0; byte < 256; byte++)
+            for (int i = 0; i < 8; i++) masks[byte][i] = byte >> i & 1 ? INT32_MIN : 0;
     }
 };
-
-// Two vectors side by side.
-template <int D>
-inline typename Lanes<2 * D>::Vector join(typename Lanes<D>::Vector a, typename Lanes<D>::Vector b) {
-    typename Lanes<2 * D>::Vector both;
-    std::memcpy(&both, &a, sizeof a);
-    std::memcpy(reinterpret_cast<char*>(&both) + sizeof a, &b, sizeof b);
-    return both;
-}
-
-#if defined(__AVX512DQ__) && defined(__AVX512VL__)
-template <>
-inline Lanes<16>::Vector join<8>(Lanes<8>::Vector a, Lanes<8>::Vector b) {
-    return (Lanes<16>::Vector)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)a), (__m256)b, 1);
-}
-template <>
-inline Lanes<8>::Vector join<4>(Lanes<4>::Vector a, Lanes<4>::Vector b) {
-    return (Lanes<8>::Vector)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)a), (__m128)b, 1);
-}
-#endif
-
-// Change the sign of 8 or 16 floats by the bits of one or two bytes.
-inline Lanes<8>::Vector negate(Lanes<8>::Vector value, const uint8_t* signs) {
-#if defined(__AVX512DQ__) && defined(__AVX512VL__)
-    return (Lanes<8>::Vector)_mm256_mask_xor_ps((__m256)value, signs[0], (__m256)value, _mm256_set1_ps(-0.0f));
-#else
-    const Lanes<8>::Bits places = {1, 2, 4, 8, 16, 32, 64, 128};
-    const int32_t byte = signs[0];
-    const Lanes<8>::Bits all = {byte, byte, byte, byte, byte, byte, byte, byte};
-    return (Lanes<8>::Vector)((Lanes<8>::Bits)value ^ (((all & places) != 0) & INT32_MIN));
-#endif
-}
-
-inline Lanes<16>::Vector negate(Lanes<16>::Vector value, const uint8_t* signs) {
-#if defined(__AVX512DQ__) && defined(__AVX512VL__)
-    uint16_t mask;
-    std::memcpy(&mask, signs, 2);
-    return (Lanes<16>::Vector)_mm512_mask_xor_ps((__m512)value, mask, (__m512)value, _mm512_set1_ps(-0.0f));
-#else
-    Lanes<8>::Vector half[2];
-    std::memcpy(half, &value, sizeof value);
-    return join<8>(negate(half[0], signs), negate(half[1], signs + 1));
-#endif
-}
+constexpr Signs SIGNS;
 
 template <bool WIDE>
 inline int code(const uint8_t* plane, long v, long plane_bytes) {
@@ -91,40 +67,54 @@ struct Expert {
 
 enum Kind { PLAIN, SIGNED, SUM };
 
-// The codeword of vector v without its signs: the sum over stages.
+// Codewords of D floats side by side in eight.
+template <int D>
+inline Floats join(const float* const* codewords) {
+    if constexpr (D == 8) return load<Floats>(codewords[0]);
+    else if constexpr (D == 4)
+        return __builtin_shufflevector(load<Half>(codewords[0]), load<Half>(codewords[1]), 0, 1, 2, 3, 4, 5, 6, 7);
+    else
+        return (Floats)Pairs{load<uint64_t>(codewords[0]), load<uint64_t>(codewords[1]), load<uint64_t>(codewords[2]),
+                             load<uint64_t>(codewords[3])};
+}
+
+// The codeword of stage s of vector v of a row whose first code there is `first`.
+template <int D, bool WIDE>
+inline const float* codeword(const Format& f, const Expert& e, const uint8_t* row, long v, long s, int first) {
+    const long group = f.groups > 1 ? e.groups[first] : 0, table = 1 + (s - 1) * f.groups + group;
+    return e.table + (table * f.codewords + code<WIDE>(row + s * f.stage_bytes<WIDE>(), v, f.plane)) * D;
+}
+
+// Weights 8 c .. 8 c + 7 of a row.
 template <int D, bool WIDE, Kind KIND>
-inline typename Lanes<D>::Vector codeword(const Format& f, const Expert& e, const uint8_t* row, long v) {
-    typedef Lanes<D> L;
-    const int first = code<WIDE>(row, v, f.plane);
-    typename L::Vector sum = L::load(e.table + first * D);
-    if (KIND != SUM) return sum;
-    const long group = f.groups > 1 ? e.groups[first] : 0;
-    for (long s = 1; s < f.stages; s++) {
-        const long t = 1 + (s - 1) * f.groups + group;
-        sum += L::load(e.table + (t * f.codewords + code<WIDE>(row + s * f.stage_bytes<WIDE>(), v, f.plane)) * D);
+inline Floats chunk(const Format& f, const Expert& e, const uint8_t* row, long c) {
+    const int parts = 8 / D;
+    int first[parts];
+    const float* found[parts];
+    for (int i = 0; i < parts; i++) {
+        first[i] = code<WIDE>(row, c * parts + i, f.plane);
+        found[i] = e.table + first[i] * D;
     }
-    return sum;
+    Floats weights = join<D>(found);
+    if constexpr (KIND == SIGNED) weights = (Floats)((Ints)weights ^ load<Ints>(SIGNS.masks[row[f.plane + c]]));
+    if constexpr (KIND == SUM)
+        for (long s = 1; s < f.stages; s++) {
+            for (int i = 0; i < parts; i++) found[i] = codeword<D, WIDE>(f, e, row, c * parts + i, s, first[i]);
+            weights += join<D>(found);
+        }
+    return weights;
 }
 
-// Vectors v and v + 1, v even.
+// The weights after the last whole chunk, at most six: vectors left over where a row is no multiple of eight.
 template <int D, bool WIDE, Kind KIND>
-inline typename Lanes<2 * D>::Vector chunk(const Format& f, const Expert& e, const uint8_t* row, long v) {
-    typename Lanes<2 * D>::Vector both =
-        join<D>(codeword<D, WIDE, KIND>(f, e, row, v), codeword<D, WIDE, KIND>(f, e, row, v + 1));
-    if constexpr (KIND == SIGNED && D >= 4) both = negate(both, row + f.plane + v * D / 8);
-    return both;
-}
-
-// The weights of the last vector, where their number is odd. Returns how many weights.
-template <int D, bool WIDE, Kind KIND>
-inline int remainder(const Format& f, const Expert& e, const uint8_t* row, long v, float* weights) {
+inline int remainder(const Format& f, const Expert& e, const uint8_t* row, float* weights) {
     int count = 0;
-    for (; v < f.vectors; v++) {
-        const typename Lanes<D>::Vector part = codeword<D, WIDE, KIND>(f, e, row, v);
+    for (long v = f.vectors * D / 8 * 8 / D; v < f.vectors; v++) {
+        const int first = code<WIDE>(row, v, f.plane);
         for (int i = 0; i < D; i++, count++) {
-            const long k = v * D + i;
-            const bool negative = KIND == SIGNED && row[f.plane + k / 8] >> (k % 8) & 1;
-            weights[count] = negative ? -part[i] : part[i];
+            weights[count] = e.table[first * D + i];
+            for (long s = 1; KIND == SUM && s < f.stages; s++)
+                weights[count] += codeword<D, WIDE>(f, e, row, v, s, first)[i];
         }
     }
     return count;
@@ -133,26 +123,25 @@ inline int remainder(const Format& f, const Expert& e, const uint8_t* row, long 
 // Products of ROWS rows from `first` on with TOKENS vectors x.
 template <int D, bool WIDE, Kind KIND, int ROWS, int TOKENS>
 void products(const Format& f, const Expert& e, const float* const* x, long first, float* const* out) {
-    typedef Lanes<2 * D> L;
-    typename L::Vector sums[ROWS][TOKENS] = {};
+    Floats sums[ROWS][TOKENS] = {};
     const uint8_t* row[ROWS];
     for (int r = 0; r < ROWS; r++) row[r] = e.codes + (first + r) * f.row_bytes;
-    long v = 0;
-    for (; v + 1 < f.vectors; v += 2) {
-        typename L::Vector inputs[TOKENS];
-        for (int t = 0; t < TOKENS; t++) inputs[t] = L::load(x[t] + v * D);
+    const long chunks = f.vectors * D / 8;
+    for (long c = 0; c < chunks; c++) {
+        Floats inputs[TOKENS];
+        for (int t = 0; t < TOKENS; t++) inputs[t] = load<Floats>(x[t] + 8 * c);
         for (int r = 0; r < ROWS; r++) {
-            const typename L::Vector weights = chunk<D, WIDE, KIND>(f, e, row[r], v);
+            const Floats weights = chunk<D, WIDE, KIND>(f, e, row[r], c);
             for (int t = 0; t < TOKENS; t++) sums[r][t] += weights * inputs[t];
         }
     }
     for (int r = 0; r < ROWS; r++) {
         float rest[8];
-        const int count = remainder<D, WIDE, KIND>(f, e, row[r], v, rest);
+        const int count = remainder<D, WIDE, KIND>(f, e, row[r], rest);
         for (int t = 0; t < TOKENS; t++) {
             float total = 0;
-            for (int i = 0; i < 2 * D; i++) total += sums[r][t][i];
-            for (int i = 0; i < count; i++) total += rest[i] * x[t][v * D + i];
+            for (int i = 0; i < 8; i++) total += sums[r][t][i];
+            for (int i = 0; i < count; i++) total += rest[i] * x[t][8 * chunks + i];
             out[t][first + r] = total;
         }
     }
@@ -160,16 +149,17 @@ void products(const Format& f, const Expert& e, const float* const* x, long firs
 
 template <int D, bool WIDE, Kind KIND, int TOKENS>
 void product_rows(const Format& f, const Expert& e, const float* const* x, long first, long last, float* const* out) {
-    const int rows = TOKENS > 2 ? 4 : 8;
+    const int rows = TOKENS == 1 ? 8 : TOKENS <= 3 ? 4 : 2;  // their sums fit 16 registers
     for (; first + rows <= last; first += rows) products<D, WIDE, KIND, rows, TOKENS>(f, e, x, first, out);
     for (; first < last; first++) products<D, WIDE, KIND, 1, TOKENS>(f, e, x, first, out);
 }
 
 template <int D, bool WIDE, int TOKENS>
 void product_rows(const Format& f, const Expert& e, const float* const* x, long first, long last, float* const* out) {
-    if (f.stages > 1) product_rows<D, WIDE, SUM, TOKENS>(f, e, x, first, last, out);
-    else if (f.signs) product_rows<D, WIDE, SIGNED, TOKENS>(f, e, x, first, last, out);
-    else product_rows<D, WIDE, PLAIN, TOKENS>(f, e, x, first, last, out);
+    if (f.stages > 1) return product_rows<D, WIDE, SUM, TOKENS>(f, e, x, first, last, out);
+    if constexpr (D > 2 && !WIDE)
+        if (f.signs) return product_rows<D, WIDE, SIGNED, TOKENS>(f, e, x, first, last, out);
+    product_rows<D, WIDE, PLAIN, TOKENS>(f, e, x, first, last, out);
 }
 
 // As many tokens as a run has, at most TOKENS.
@@ -181,54 +171,58 @@ void run_rows(long tokens, const Format& f, const Expert& e, const float* const*
 }
 
 // Runs of up to MOST pairs of one expert, so that they share its decoding. Pairs are sorted by expert.
-const int MOST = 6;
+const int MOST = 4;
 
 struct Run {
     long expert, first, tokens;
+    const float* inputs[MOST];
+    float* outputs[MOST];
 };
 
-std::vector<Run> runs_of(const int64_t* experts, long pairs) {
+std::vector<Run> runs_of(const int64_t* experts, long pairs, const float* x, const int64_t* rows_of_x, long columns,
+                         float* out, long rows) {
     std::vector<Run> runs;
     for (long p = 0; p < pairs;) {
-        long same = 1;
-        while (same < MOST && p + same < pairs && experts[p + same] == experts[p]) same++;
-        runs.push_back({experts[p], p, same});
-        p += same;
+        Run run = {experts[p], p, 0, {}, {}};
+        for (; run.tokens < MOST && p < pairs && experts[p] == run.expert; p++, run.tokens++) {
+            run.inputs[run.tokens] = x + rows_of_x[p] * columns;
+            run.outputs[run.tokens] = out + p * rows;
+        }
+        runs.push_back(run);
     }
     return runs;
 }
 
+// A group without tables would be read past them.
+bool groups_exist(const Format& f, const uint8_t* groups, long books) {
+    bool exist = true;
+    for (long i = 0; f.groups > 1 && i < books * f.codewords; i++) exist &= groups[i] < f.groups;
+    return exist;
+}
+
 template <int D, bool WIDE>
-void all_products(const Format& f, const Expert& bank, const float* x, const int64_t* rows_of_x, const int64_t* experts,
-                  float* out, long pairs, bool per_expert, long threads) {
-    const std::vector<Run> runs = runs_of(experts, pairs);
+void all_products(const Format& f, const Expert& bank, const std::vector<Run>& runs, bool per_expert, long threads) {
     const long block = 32, blocks = (f.rows + block - 1) / block, count = (long)runs.size() * blocks;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < count; i++) {
-        const Run run = runs[i / blocks];
+        const Run& run = runs[i / blocks];
         const long e = run.expert, book = per_expert ? e : 0, first = i % blocks * block;
         const long last = first + block < f.rows ? first + block : f.rows;
         const Expert expert = {bank.codes + e * f.rows * f.row_bytes,
                                bank.table + book * f.tables() * f.codewords * D,
                                f.groups > 1 ? bank.groups + book * f.codewords : nullptr};
-        const float* inputs[MOST];
-        float* outputs[MOST];
-        for (long t = 0; t < run.tokens; t++) {
-            inputs[t] = x + rows_of_x[run.first + t] * f.vectors * D;
-            outputs[t] = out + (run.first + t) * f.rows;
-        }
-        run_rows<D, WIDE, MOST>(run.tokens, f, expert, inputs, first, last, outputs);
+        run_rows<D, WIDE, MOST>(run.tokens, f, expert, run.inputs, first, last, run.outputs);
     }
 }
 
 template <int D, bool WIDE, Kind KIND>
 void decode_row(const Format& f, const Expert& e, const uint8_t* row, float* out) {
-    long v = 0;
-    for (; v + 1 < f.vectors; v += 2) {
-        const typename Lanes<2 * D>::Vector weights = chunk<D, WIDE, KIND>(f, e, row, v);
-        std::memcpy(out + v * D, &weights, sizeof weights);
+    const long chunks = f.vectors * D / 8;
+    for (long c = 0; c < chunks; c++) {
+        const Floats weights = chunk<D, WIDE, KIND>(f, e, row, c);
+        std::memcpy(out + 8 * c, &weights, sizeof weights);
     }
-    remainder<D, WIDE, KIND>(f, e, row, v, out + v * D);
+    remainder<D, WIDE, KIND>(f, e, row, out + 8 * chunks);
 }
 
 template <int D, bool WIDE>
@@ -238,75 +232,111 @@ void all_rows(const Format& f, const Expert& e, float* out, long threads) {
         const uint8_t* row = e.codes + n * f.row_bytes;
         float* weights = out + n * f.vectors * D;
         if (f.stages > 1) decode_row<D, WIDE, SUM>(f, e, row, weights);
-        else if (f.signs) decode_row<D, WIDE, SIGNED>(f, e, row, weights);
-        else decode_row<D, WIDE, PLAIN>(f, e, row, weights);
+        else if (!f.signs) decode_row<D, WIDE, PLAIN>(f, e, row, weights);
+        else if constexpr (D > 2 && !WIDE) decode_row<D, WIDE, SIGNED>(f, e, row, weights);
     }
 }
 
 // Trellis: the 12-bit states of rows 8 g .. 8 g + 7 are windows of the bits from byte g * bits on of the column's
 // stream, which continues at its beginning.
-const int STATE_MASK = (1 << 12) - 1;
+const long TRELLIS_BLOCK = 256;  // rows: of 2 bits a cache line
 
-inline uint64_t window(const uint8_t* stream, long bytes, long first) {
-    uint64_t word = 0;
-    if (first + 8 <= bytes) std::memcpy(&word, stream + first, 8);
-    else
-        for (int i = 0; i < 8; i++) word |= (uint64_t)stream[(first + i) % bytes] << 8 * i;
-    return word;
+// The bytes of a column that hold the windows of a block of rows; copied where they wrap around.
+template <int BITS>
+struct Stream {
+    uint8_t copied[TRELLIS_BLOCK * BITS / 8 + 8];
+    const uint8_t* bytes;
+    Stream(const uint8_t* column, long column_bytes, long first, long groups) {
+        const long begin = first / 8 * BITS, size = groups * BITS + 8;
+        bytes = column + begin;
+        if (begin + size <= column_bytes) return;
+        for (long i = 0; i < size; i++) copied[i] = column[(begin + i) % column_bytes];
+        bytes = copied;
+    }
+};
+
+// Eight pairs of 16-bit floats hold rows 8 g .. 8 g + 7: normal numbers, as all levels of a trellis code are.
+inline Floats widen(Words pairs) {
+#ifdef __F16C__
+    return (Floats)_mm256_cvtph_ps((__m128i)pairs);
+#else
+    typedef int16_t Shorts __attribute__((vector_size(16)));
+    const Ints half = __builtin_convertvector((Shorts)pairs, Ints);
+    return (Floats)(((half & 0x7fff) << 13) | (half & INT32_MIN)) * 0x1p112f;
+#endif
 }
 
-const long TRELLIS_BLOCK = 512;
-
+// The values of eight rows of a column.
 template <int BITS>
-void trellis_products(const uint8_t* codes, const float* table, const float* const* x, long tokens, long rows,
-                      long columns, long first, long last, float* const* out) {
-    const long bytes = rows * BITS / 8;
-    float sums[MOST][TRELLIS_BLOCK] = {};
-    for (long k = 0; k < columns; k++)
-        for (long g = first / 8; g * 8 < last; g++) {
-            const uint64_t word = window(codes + k * bytes, bytes, g * BITS);
-            float values[8];
-            for (int i = 0; i < 8; i++) values[i] = table[word >> BITS * i & STATE_MASK];
-            for (long t = 0; t < tokens; t++)
-                for (int i = 0; i < 8; i++) sums[t][g * 8 - first + i] += x[t][k] * values[i];
+inline Floats values(const uint8_t* stream, long group, const uint32_t* pairs) {
+    const int mask = (1 << (12 + BITS)) - 1;
+    const uint64_t word = load<uint64_t>(stream + group * BITS);
+    return widen(Words{pairs[word & mask], pairs[word >> 2 * BITS & mask], pairs[word >> 4 * BITS & mask],
+                       pairs[word >> 6 * BITS & mask]});
+}
+
+// Rows first .. first + 8 groups - 1 of the products with TOKENS vectors x, into sums[TOKENS][TRELLIS_BLOCK].
+template <int BITS, int TOKENS>
+void trellis_products(const uint8_t* codes, const uint32_t* pairs, const float* const* x, long bytes, long columns,
+                      long first, long groups, float* sums) {
+    long k = 0;
+    for (; k + 1 < columns; k += 2) {
+        const Stream<BITS> even(codes + k * bytes, bytes, first, groups), odd(codes + (k + 1) * bytes, bytes, first, groups);
+        for (long g = 0; g < groups; g++) {
+            const Floats a = values<BITS>(even.bytes, g, pairs), b = values<BITS>(odd.bytes, g, pairs);
+            for (int t = 0; t < TOKENS; t++) accumulator(sums + t * TRELLIS_BLOCK + 8 * g) += a * x[t][k] + b * x[t][k + 1];
         }
-    for (long t = 0; t < tokens; t++)
-        for (long n = first; n < last; n++) out[t][n] = sums[t][n - first];
+    }
+    for (; k < columns; k++) {
+        const Stream<BITS> last(codes + k * bytes, bytes, first, groups);
+        for (long g = 0; g < groups; g++) {
+            const Floats a = values<BITS>(last.bytes, g, pairs);
+            for (int t = 0; t < TOKENS; t++) accumulator(sums + t * TRELLIS_BLOCK + 8 * g) += a * x[t][k];
+        }
+    }
+}
+
+template <int BITS, int TOKENS>
+void trellis_run(long tokens, const uint8_t* codes, const uint32_t* pairs, const float* const* x, long bytes,
+                 long columns, long first, long groups, float* sums) {
+    if (tokens == TOKENS) trellis_products<BITS, TOKENS>(codes, pairs, x, bytes, columns, first, groups, sums);
+    else if constexpr (TOKENS > 1)
+        trellis_run<BITS, TOKENS - 1>(tokens, codes, pairs, x, bytes, columns, first, groups, sums);
 }
 
 template <int BITS>
-void trellis_all_products(const uint8_t* codes, const float* table, const float* x, const int64_t* rows_of_x,
-                          const int64_t* experts, float* out, long pairs, long rows, long columns, long threads) {
-    const std::vector<Run> runs = runs_of(experts, pairs);
+void trellis_all_products(const uint8_t* codes, const uint32_t* pairs, const std::vector<Run>& runs, long rows,
+                          long columns, long threads) {
     const long blocks = (rows + TRELLIS_BLOCK - 1) / TRELLIS_BLOCK, count = (long)runs.size() * blocks;
+    const long bytes = rows * BITS / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < count; i++) {
-        const Run run = runs[i / blocks];
+        const Run& run = runs[i / blocks];
         const long first = i % blocks * TRELLIS_BLOCK;
         const long last = first + TRELLIS_BLOCK < rows ? first + TRELLIS_BLOCK : rows;
-        const uint8_t* own = codes + run.expert * columns * (rows * BITS / 8);
-        const float* inputs[MOST];
-        float* outputs[MOST];
-        for (long t = 0; t < run.tokens; t++) {
-            inputs[t] = x + rows_of_x[run.first + t] * columns;
-            outputs[t] = out + (run.first + t) * rows;
-        }
-        trellis_products<BITS>(own, table, inputs, run.tokens, rows, columns, first, last, outputs);
+        alignas(32) float sums[MOST * TRELLIS_BLOCK] = {};
+        trellis_run<BITS, MOST>(run.tokens, codes + run.expert * columns * bytes, pairs, run.inputs, bytes, columns,
+                                first, (last - first + 7) / 8, sums);
+        for (long t = 0; t < run.tokens; t++)
+            std::memcpy(run.outputs[t] + first, sums + t * TRELLIS_BLOCK, (last - first) * sizeof(float));
     }
 }
 
 template <int BITS>
-void trellis_all_rows(const uint8_t* codes, const float* table, float* out, long rows, long columns, long threads) {
-    const long bytes = rows * BITS / 8, block = 256, width = 16;
+void trellis_all_columns(const uint8_t* codes, const uint32_t* pairs, float* out, long rows, long columns,
+                         long threads) {
+    const long bytes = rows * BITS / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long n0 = 0; n0 < rows; n0 += block)
-        for (long k0 = 0; k0 < columns; k0 += width)
-            for (long n = n0; n < n0 + block && n < rows; n += 8)
-                for (long k = k0; k < k0 + width && k < columns; k++) {
-                    const uint64_t word = window(codes + k * bytes, bytes, n / 8 * BITS);
-                    for (int i = 0; i < 8 && n + i < rows; i++)
-                        out[(n + i) * columns + k] = table[word >> BITS * i & STATE_MASK];
-                }
+    for (long k = 0; k < columns; k++)
+        for (long first = 0; first < rows; first += TRELLIS_BLOCK) {
+            const long last = first + TRELLIS_BLOCK < rows ? first + TRELLIS_BLOCK : rows, groups = (last - first + 7) / 8;
+            const Stream<BITS> stream(codes + k * bytes, bytes, first, groups);
+            for (long g = 0; g < groups; g++) {
+                const Floats weights = values<BITS>(stream.bytes, g, pairs);
+                const long left = last - first - 8 * g;
+                std::memcpy(out + k * rows + first + 8 * g, &weights, (left < 8 ? left : 8) * sizeof(float));
+            }
+        }
 }
 
 }  // namespace
@@ -324,32 +354,40 @@ void trellis_all_rows(const uint8_t* codes, const float* table, float* out, long
     else function<4>(__VA_ARGS__);
 
 // out[p, n] = <decode(codes[experts[p], n]), x[rows_of_x[p]]>; experts must be valid and ascending.
-extern "C" void kbvq_products(const uint8_t* codes, const float* table, const uint8_t* groups, const float* x,
-                              const int64_t* rows_of_x, const int64_t* experts, float* out, long pairs, long rows,
-                              long vectors, long plane, long row_bytes, long dim, long codewords, long stages,
-                              long num_groups, long signs, long per_expert, long threads) {
+// books: 1, or a codebook for each expert. Returns 0, or 1 for a group that does not exist.
+extern "C" int kbvq_products(const uint8_t* codes, const float* table, const uint8_t* groups, const float* x,
+                             const int64_t* rows_of_x, const int64_t* experts, float* out, long pairs, long rows,
+                             long vectors, long plane, long row_bytes, long dim, long codewords, long stages,
+                             long num_groups, long signs, long books, long threads) {
     const Format f = {rows, vectors, plane, row_bytes, codewords, stages, num_groups, signs != 0};
+    if (!groups_exist(f, groups, books)) return 1;
     const Expert bank = {codes, table, groups};
-    DISPATCH(all_products, f, bank, x, rows_of_x, experts, out, pairs, per_expert, threads)
+    const std::vector<Run> runs = runs_of(experts, pairs, x, rows_of_x, vectors * dim, out, rows);
+    DISPATCH(all_products, f, bank, runs, books > 1, threads)
+    return 0;
 }
 
-// out[n] = decode(codes[n]), all rows of one expert.
-extern "C" void kbvq_decode(const uint8_t* codes, const float* table, const uint8_t* groups, float* out, long rows,
-                            long vectors, long plane, long row_bytes, long dim, long codewords, long stages,
-                            long num_groups, long signs, long threads) {
+// out[n] = decode(codes[n]), all rows of one expert. Returns as kbvq_products.
+extern "C" int kbvq_decode(const uint8_t* codes, const float* table, const uint8_t* groups, float* out, long rows,
+                           long vectors, long plane, long row_bytes, long dim, long codewords, long stages,
+                           long num_groups, long signs, long threads) {
     const Format f = {rows, vectors, plane, row_bytes, codewords, stages, num_groups, signs != 0};
+    if (!groups_exist(f, groups, 1)) return 1;
     const Expert expert = {codes, table, groups};
     DISPATCH(all_rows, f, expert, out, threads)
+    return 0;
 }
 
-// The same for trellis codes; table: the value of each state.
-extern "C" void kbvq_trellis_products(const uint8_t* codes, const float* table, const float* x,
-                                      const int64_t* rows_of_x, const int64_t* experts, float* out, long pairs,
+// The same for trellis codes; pairs: the values of two rows, as 16-bit floats, for each window of 12 + bits bits.
+extern "C" void kbvq_trellis_products(const uint8_t* codes, const uint32_t* pairs, const float* x,
+                                      const int64_t* rows_of_x, const int64_t* experts, float* out, long num_pairs,
                                       long rows, long columns, long bits, long threads) {
-    DISPATCH_BITS(trellis_all_products, codes, table, x, rows_of_x, experts, out, pairs, rows, columns, threads)
+    const std::vector<Run> runs = runs_of(experts, num_pairs, x, rows_of_x, columns, out, rows);
+    DISPATCH_BITS(trellis_all_products, codes, pairs, runs, rows, columns, threads)
 }
 
-extern "C" void kbvq_trellis_decode(const uint8_t* codes, const float* table, float* out, long rows, long columns,
+// out[k, n]: the weights of one expert, transposed as their streams are.
+extern "C" void kbvq_trellis_decode(const uint8_t* codes, const uint32_t* pairs, float* out, long rows, long columns,
                                     long bits, long threads) {
-    DISPATCH_BITS(trellis_all_rows, codes, table, out, rows, columns, threads)
+    DISPATCH_BITS(trellis_all_columns, codes, pairs, out, rows, columns, threads)
 }

@@ -104,7 +104,9 @@ class PreparedProjection:
     table: codewords [1 or E, num_tables, codebook_size, vector_dim]; on CPU float32; on CUDA bfloat16 or float16, the
         integers themselves where they are stored in int8. Trellis: the value of each state, [1, 1, 4096, 1].
     words: what the kernels look up on CUDA, made by `table_words`: int32 or int64 [1 or E, num_tables, words per
-        codeword, codebook_size]; trellis: its 256 levels, each as two equal 16-bit floats, int32 [256]. None on CPU.
+        codeword, codebook_size]; trellis: its 256 levels, each as two equal 16-bit floats, int32 [256]. On CPU None;
+        trellis: the values of rows n and n + 1, as 16-bit floats, low half first, for each window of 12 + bits bits
+        that their states share, int32 [2^(12 + bits)].
     groups: uint8 [1 or E, codebook_size], the group of each codeword of stage 0, or None.
     scale: [E, N] float16, or float32 where the scale of an int8 table is part of it, or None. bias: float16 or None.
     basis: [rank, K], coefficients: [E, N, rank], both float16 or both int8, or None.
@@ -187,6 +189,15 @@ def table_words(table: Tensor) -> Tensor:
     """`PreparedProjection.words` of a table of 16-bit codewords."""
     words = table.view(torch.int64 if table.shape[-1] >= 4 else torch.int32)
     return words.transpose(-1, -2).contiguous()
+
+
+@cache
+def trellis_pairs(bits: int) -> Tensor:
+    """`PreparedProjection.words` of trellis codes on CPU; one tensor for all projections, so that it stays in cache."""
+    windows = torch.arange(1 << TRELLIS_STATE_BITS + bits)
+    values = trellis_codewords(bits)
+    pairs = torch.stack([values[windows & (1 << TRELLIS_STATE_BITS) - 1], values[windows >> bits]], -1)
+    return pairs.view(torch.int32)[:, 0].contiguous()
 
 
 def _aligned_codes(codes: Tensor, num_vectors: int, plane: int, num_stages: int, wide: bool, sign_bytes: int) -> Tensor:
@@ -329,9 +340,10 @@ def prepare(
         bits, plane = codebook_size.bit_length() - 1, 0
         codes = _aligned_codes(codes, 0, 0, 1, False, 0)
         table = trellis_codewords(bits).to(codes.device, word)[None, None, :, None]
-        words = (
-            None if on_cpu else trellis_levels().to(codes.device, word)[:, None].repeat(1, 2).view(torch.int32)[:, 0]
-        )
+        if on_cpu:
+            words = trellis_pairs(bits)
+        else:
+            words = trellis_levels().to(codes.device, word)[:, None].repeat(1, 2).view(torch.int32)[:, 0]
     else:
         bits, num_vectors = 0, in_features // vector_dim
         unit = 128 // vector_dim if signed else 32 if codebook_size > 256 else 16
