@@ -9,6 +9,7 @@ together: the routed experts of one layer, or one shared expert (a bank of one).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -371,6 +372,7 @@ class InputMoments:
 
         routing_weights: [tokens]. by_routing: weight each token by its squared routing weight instead of by one.
         """
+        self.__dict__.pop("_pooled", None)
         inputs, routing_weights = inputs.float(), routing_weights.float()
         weights = routing_weights.square() if by_routing else torch.ones_like(routing_weights)
         weighted = inputs * weights[:, None]
@@ -391,7 +393,12 @@ class InputMoments:
         )
 
     def pooled_second_moment(self) -> Tensor:
-        """E[x xᵀ] over the tokens of all experts, [in_features, in_features] float32."""
+        """E[x xᵀ] over the tokens of all experts, [in_features, in_features] float32; not to be changed."""
+        return self._pooled
+
+    @functools.cached_property
+    def _pooled(self) -> Tensor:
+        """Every expert's moments are shrunk toward it, and the sum reads those of all: kept until `add_`."""
         return self.outer_sum.sum(0) / self.mass.sum().clamp_min(_LEAST_MASS)
 
     def pooled_mean(self) -> Tensor:

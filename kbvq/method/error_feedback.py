@@ -47,22 +47,28 @@ def channel_order(second_moment: Tensor, vector_dim: int) -> Tensor:
     return (first[:, None] + torch.arange(vector_dim, device=first.device)).flatten()
 
 
-def target_variances(factor: Tensor, variances: Tensor, distortion: float) -> Tensor:
+def error_passing(factor: Tensor) -> Tensor:
+    """What share of a white error of channel l arrives in the target of channel j: (M⁻¹)²_lj M_ll² for l < j, else 0.
+
+    factor: M, upper triangular, [n, n]. Returns [n, n].
+    """
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), device=factor.device), upper=True)
+    return inverse.square_().mul_(factor.diagonal().square()[:, None]).triu_(1)
+
+
+def target_variances(passing: Tensor, variances: Tensor, distortion: float) -> Tensor:
     """Variance of the targets that error feedback makes of weights of known variance, channel by channel.
 
     A channel is coded together with what the errors before it leave to it, so targets vary more than weights, the last
     channels most. With white errors of variance `distortion` · V_l · M_ll² in the coordinates of M, the target of
-    channel j is the weight minus Σ_{l<j} (coordinate l) (M⁻¹)_lj, so V_j = variance_j + distortion · Σ_{l<j} (M⁻¹)²_lj
-    M_ll² V_l.
+    channel j is the weight minus Σ_{l<j} (coordinate l) (M⁻¹)_lj, so V_j = variance_j + distortion · Σ_{l<j} passing_lj
+    V_l.
 
-    factor: M, upper triangular, [..., n, n]. variances: [..., n], of the weights, in the same order. Returns [..., n].
+    passing: `error_passing` of M, [n, n]. variances: [n], of the weights, in the same order. Returns [n].
     """
-    identity = torch.eye(factor.shape[-1], device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, identity.expand(factor.shape), upper=True)
-    passed = distortion * inverse.square() * factor.diagonal(dim1=-2, dim2=-1).square()[..., None]
-    unit_lower = identity - passed.triu(1).mT  # V = variances + passedᵀ V
-    solved = torch.linalg.solve_triangular(unit_lower, variances[..., None], upper=False, unitriangular=True)
-    return solved[..., 0]
+    unit_lower = passing.mT * -distortion  # its diagonal counts as ones: V = variances + distortion · passingᵀ V
+    solved = torch.linalg.solve_triangular(unit_lower, variances[:, None], upper=False, unitriangular=True)
+    return solved[:, 0]
 
 
 def encode_with_feedback(

@@ -67,9 +67,10 @@ def shannon_distortion(spectrum: Tensor, bits_per_weight: float) -> float:
 
 
 def weighted_error(difference: Tensor, second_moment: Tensor) -> float:
-    """tr(Δ H Δᵀ) / out_features: squared output error per row. difference Δ [out_features, in_features]."""
-    difference = difference.double()
-    return ((difference @ second_moment.double()) * difference).sum().item() / len(difference)
+    """tr(Δ H Δᵀ) / out_features: squared output error per row. difference Δ [out_features, in_features], H symmetric
+    positive semidefinite; products in float32, their sum in float64."""
+    difference = difference.float()
+    return ((difference @ second_moment.float()) * difference).sum(dtype=torch.float64).item() / len(difference)
 
 
 def bits_above_limit(distortion: float, limit: float) -> float:

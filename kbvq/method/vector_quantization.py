@@ -14,7 +14,13 @@ from kbvq.codes.codebooks import Codebook, TableCodebook, TrellisCodebook
 from kbvq.codes.grouped_residual import fit_grouped_codebooks
 from kbvq.codes.kmeans import kmeans
 from kbvq.codes.residual_quantization import fit_residual_codebooks
-from kbvq.method.error_feedback import channel_order, encode_with_feedback, target_variances, upper_factor
+from kbvq.method.error_feedback import (
+    channel_order,
+    encode_with_feedback,
+    error_passing,
+    target_variances,
+    upper_factor,
+)
 from kbvq.recipes import Recipe
 from kbvq.structures import InputMoments, ProjectionFormat
 
@@ -40,7 +46,7 @@ def column_scales(
         factor = _factor(moments, expert, order, recipe)
         own = (weight[:, order] / scale[expert, :, None]).square().mean(0)
         energy = float(scale[expert].square().sum() * moments.mass[expert])
-        variances += energy * target_variances(factor, own, distortion)
+        variances += energy * target_variances(error_passing(factor), own, distortion)
         mass += energy
     smallest = torch.finfo(torch.float16).smallest_normal
     deviations = (variances / max(mass, 1e-30)).sqrt() if mass else torch.ones_like(variances)
@@ -120,9 +126,10 @@ def _encode_in_order(
     dim = codebook.vector_dim
     order = channel_order(moments.pooled_second_moment(), dim)
     ordered = weights[..., order]
-    factors = [_factor(moments, expert, order, recipe) for expert in range(len(weights))]
-    # Channels divided by their scale see inputs multiplied by it.
-    factor = column_scale[order, None] * torch.stack(factors)
+    factor = weights.new_empty(len(weights), len(order), len(order))
+    for expert in range(len(weights)):
+        # Channels divided by their scale see inputs multiplied by it.
+        torch.mul(column_scale[order, None], _factor(moments, expert, order, recipe), out=factor[expert])
     for _ in range(recipe.refits):
         refit = codebook.refit()
         if refit is None:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from kbvq.method.error_feedback import channel_order, target_variances, upper_factor
+from kbvq.method.error_feedback import channel_order, error_passing, target_variances, upper_factor
 from kbvq.method.shared_basis import shared_low_rank
 from kbvq.method.vector_quantization import row_scales
 from kbvq.models.calibration import LayerRunner, observe_banks, run_and_watch
@@ -219,12 +219,12 @@ def _noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, probed: t
     for expert in range(len(weights)):
         second_moment, mean = moments.expert_moments(expert, recipe.prior_tokens)
         factor = upper_factor(second_moment[order][:, order], recipe.damping)
-        diagonal = factor.diagonal().square()
+        passing, diagonal = error_passing(factor), factor.diagonal().square()
         for rank, residual in residuals.items():
             own = (residual[expert][:, order] / spreads[rank][expert, :, None]).square().mean(0)
             mass = float(moments.mass[expert] * spreads[rank][expert].square().sum())
             for rate, distortion in rates.items():
-                variances = distortion * diagonal * target_variances(factor, own, distortion)
+                variances = distortion * diagonal * target_variances(passing, own, distortion)
                 energy[rate, rank] += mass * variances.sum().item()
                 if rank or rate not in probed:
                     continue

@@ -226,7 +226,8 @@ class Coder {
 template <int D>
 void run(const KbvqBlock& b, long threads) {
     // Few experts are split by rows too. How does not depend on the threads, so the sums do not either.
-    const long parts = b.experts >= 8 ? 1 : std::max(1L, std::min(8L, b.rows / 512));
+    // Every part tabulates its groups' signs anew, which 1024 rows outweigh.
+    const long parts = std::max(1L, std::min(8 / b.experts, b.rows / 1024));
     const long size = b.codewords * D * (D + 1);
     std::vector<float> sums(b.normal ? b.experts * parts * size : 0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
