@@ -40,6 +40,10 @@ TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 FEW = 16
 """Largest number of tokens at which the per-pair baselines are measured."""
 RANK = 32
+COPY_BYTES = 1 << 32
+LOOKUP_BLOCKS, LOOKUP_REPEAT = 132 * 16, 256
+PROMPT = 128
+"""Tokens before those that are decoded."""
 
 
 def replay_us(calls: list, repeats: int = 15) -> float:
@@ -91,8 +95,8 @@ def environment() -> dict[str, str]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read plus bytes written per second by a device-to-device copy of 4 GiB."""
-    source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
+    """Bytes read plus bytes written per second by a device-to-device copy."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / (1e-6 * replay_us([lambda: target.copy_(source)]))
 
@@ -101,7 +105,7 @@ def lookups() -> list[dict]:
     """Random table lookups per second, by size of a codeword and of the table: through the L1 cache, and in copies of
     the table in shared memory."""
     rows = []
-    blocks, block, repeat = 132 * 16, 256, 256
+    blocks, block, repeat = LOOKUP_BLOCKS, 256, LOOKUP_REPEAT
 
     def measure_rate(call, **row) -> None:
         rows.append(row | {"lookups_per_second": blocks * block * repeat / (1e-6 * replay_us([call]))})
@@ -147,12 +151,13 @@ def check(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 class Run:
-    """Collects rows, and leaves out what no longer fits the time."""
+    """Collects rows, leaves out what no longer fits the time, and writes what there is after every row."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, report: Report, part: str):
         self.end = time.monotonic() + seconds
-        self.rows: list[dict] = []
-        self.left_out: list[str] = []
+        self.report = report
+        self.rows: list[dict] = report.parts.setdefault(part, [])
+        self.left_out: list[str] = report.parts["left_out"]
 
     def has(self, seconds: float, what: str) -> bool:
         if time.monotonic() + seconds < self.end:
@@ -163,6 +168,36 @@ class Run:
     def add(self, **row) -> None:
         self.rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        self.report.write()
+
+
+class Report:
+    """What was measured; written again and again, so that a run that is cut off leaves what it has."""
+
+    def __init__(self, folder: Path):
+        self.environment = environment()
+        self.parts: dict = {"left_out": []}
+        self.complete = False
+        name = f"{self.environment['device'].replace(' ', '-')}-{self.environment['commit']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / name
+
+    def write(self) -> None:
+        parts = self.parts
+        report = {"environment": self.environment, "shapes": [asdict(shape) for shape in SHAPES]}
+        report |= {"complete": self.complete} | parts
+        text = [f"# {self.file.name}",
+                "Verified before measuring: tests/kernels/test_gpu.py and each configuration below.",
+                table([self.environment]), f"Copy: {parts.get('copy_gb_per_s', 0):.0f} GB/s (read + write).",
+                "## Lookups", table(parts.get("lookups", [])),
+                "## One layer's routed experts, microseconds", table(parts.get("expert_block", [])),
+                "## Decoding Qwen3-30B-A3B, synthetic weights", table(parts.get("whole_model", [])),
+                f"Left out for time: {', '.join(parts['left_out']) or 'nothing'}." if self.complete
+                else "Cut off before the end."]  # fmt: skip
+        for suffix, content in ((".json", json.dumps(report, indent=1)), (".md", "\n\n".join(text))):
+            partial = self.file.with_name(self.file.name + suffix + ".partial")
+            partial.write_text(content + "\n")
+            partial.replace(self.file.with_name(self.file.name + suffix))
 
 
 def measure(shape: ExpertShape, num_tokens: int, name: str, banks, dense, int4, paths: tuple[str, ...]) -> dict:
@@ -291,15 +326,14 @@ def decode_step(model, config, batch: int, length: int, device: str):
     return step
 
 
-def model_speed(config, code: CodeFormat | None, name: str, shape: ExpertShape) -> list[dict]:
-    """Decoding of one model, for batches of 1 and 16 after 128 tokens."""
-    rows = []
+def model_speed(run: Run, config, code: CodeFormat | None, name: str, shape: ExpertShape) -> None:
+    """Decoding of one model, for batches of 1 and 16 after PROMPT tokens."""
     torch.cuda.reset_peak_memory_stats()
     model = synthetic_model(config, code, shape, "cuda")
     weights_gb = torch.cuda.memory_allocated() / 1e9
     for batch in (1, 16):
         row = {"weights": name, "batch": batch, "weights_gb": weights_gb, "graph": True}
-        step = decode_step(model, config, batch, 128, "cuda")
+        step = decode_step(model, config, batch, PROMPT, "cuda")
         try:
             row["ms"] = replay_us([step], repeats=20) / 1e3
         except RuntimeError as error:  # a step that cannot be captured: said, and timed without a graph
@@ -314,25 +348,21 @@ def model_speed(config, code: CodeFormat | None, name: str, shape: ExpertShape) 
             row["ms"] = 1e2 * (time.perf_counter() - start)
         row["tokens_per_second"] = 1e3 * batch / row["ms"]
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        run.add(**row)
 
 
-def whole_model(run: Run, config, shape: ExpertShape) -> list[dict]:
+def whole_model(run: Run, config, shape: ExpertShape) -> None:
     """Tokens per second of decoding, packed and bfloat16, with CUDA graphs; memory of weights in GB."""
-    rows = []
     for code in (FORMATS[0], FORMATS[1], None):
         name = "bf16" if code is None else code.name
         if not run.has(45, f"whole model {name}"):
             continue
         try:
-            rows += model_speed(config, code, name, shape)
+            model_speed(run, config, code, name, shape)
         except Exception as error:  # another transformers than those tried: said in the report, not hidden
-            rows.append({"weights": name, "reason": f"{type(error).__name__}: {error}"})
+            run.add(weights=name, reason=f"{type(error).__name__}: {error}")
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
 def qwen3_config():
@@ -367,36 +397,26 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500)
     options = parser.parse_args()
     torch.manual_seed(0)
-    run = Run(options.seconds)
-    report = {"environment": environment(), "shapes": [asdict(shape) for shape in SHAPES]}
-    print(report["environment"], flush=True)
+    report = Report(options.results)
+    print(report.environment, flush=True)
     bandwidth = copy_bandwidth()
-    report["copy_gb_per_s"] = bandwidth / 1e9
-    report["lookups"] = lookups()
-    print(f"copy {bandwidth / 1e9:.0f} GB/s", *report["lookups"], sep="\n", flush=True)
-    model_run = Run(options.seconds)
+    report.parts |= {"copy_gb_per_s": bandwidth / 1e9, "lookups": lookups()}
+    print(f"copy {bandwidth / 1e9:.0f} GB/s", *report.parts["lookups"], sep="\n", flush=True)
+    report.write()
+    run = Run(options.seconds, report, "expert_block")
     for shape in SHAPES:
         expert_block(run, shape, FORMATS[0], 0, bandwidth)
         gc.collect()
         torch.cuda.empty_cache()
     # The model is the longest part: it goes before the other formats, of which some may be left out.
-    report["whole_model"] = whole_model(model_run, qwen3_config(), SHAPES[0])
+    whole_model(Run(options.seconds, report, "whole_model"), qwen3_config(), SHAPES[0])
     for code, rank in [(FORMATS[0], RANK), *((code, 0) for code in FORMATS[1:MEASURED])]:
         expert_block(run, SHAPES[0], code, rank, bandwidth, tokens=(1, 16, 512))
         gc.collect()
         torch.cuda.empty_cache()
-    report |= {"expert_block": run.rows, "left_out": run.left_out + model_run.left_out}
-    name = f"{report['environment']['device'].replace(' ', '-')}-{report['environment']['commit']}"
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = [f"# {name}", "Verified before measuring: tests/kernels/test_gpu.py and each configuration below.",
-            table([report["environment"]]), f"Copy: {bandwidth / 1e9:.0f} GB/s (read + write).",
-            "## Lookups", table(report["lookups"]),
-            "## One layer's routed experts, microseconds", table(run.rows),
-            "## Decoding Qwen3-30B-A3B, synthetic weights", table(report["whole_model"]),
-            f"Left out for time: {', '.join(report['left_out']) or 'nothing'}."]  # fmt: skip
-    (options.results / f"{name}.md").write_text("\n\n".join(text) + "\n")
-    print(f"wrote {options.results / name}.json and .md")
+    report.complete = True
+    report.write()
+    print(f"wrote {report.file}.json and .md")
 
 
 if __name__ == "__main__":

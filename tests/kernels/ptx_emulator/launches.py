@@ -35,19 +35,21 @@ def raw_bytes(tensor: Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def without_ptxas() -> Iterator[None]:
-    """Within the block Triton stops at PTX; the rest takes as long again."""
+    """Within the block Triton stops at PTX; the rest takes as long again. What it keeps goes to a cache of its own, for
+    Triton 3.6 would take it for complete."""
 
     def stages(backend=None, stages=None, options=None, language=None, capability=None):
         if stages is not None:
             stages["cubin"] = lambda ptx, metadata: b""
         return "ptx only", "ptx only"
 
-    replaced = triton.knobs.runtime.add_stages_inspection_hook
-    triton.knobs.runtime.add_stages_inspection_hook = stages
+    runtime, cache_ = triton.knobs.runtime, triton.knobs.cache
+    replaced = runtime.add_stages_inspection_hook, cache_.dir
+    runtime.add_stages_inspection_hook, cache_.dir = stages, f"{cache_.dir}-ptx"
     try:
         yield
     finally:
-        triton.knobs.runtime.add_stages_inspection_hook = replaced
+        runtime.add_stages_inspection_hook, cache_.dir = replaced
 
 
 @cache
