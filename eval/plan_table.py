@@ -138,7 +138,7 @@ def plan_model(fields: dict[str, object], recipe: str, bits: float) -> tuple[Run
         started = time.perf_counter()
         stream = LayerStream(folder, dtype=torch.float32, device="cpu")
         chosen = make_recipe(recipe, bits)
-        formats = check_budget(stream.banks, chosen, stream.config.hidden_act)
+        formats = check_budget(stream.banks, chosen)
         plan = make_plan(stream, formats, chosen, samples=128, sequence_length=2048)
         return plan, time.perf_counter() - started
 

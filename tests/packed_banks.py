@@ -6,6 +6,7 @@ import torch
 
 from kbvq.codes.packing import pack_stages
 from kbvq.codes.trellis import MULTIPLIERS, TrellisCode, levels
+from kbvq.models.moe_adapters import read_experts
 from kbvq.serving.packed_experts import packed_module
 from kbvq.storage.checkpoint import PackedCheckpointWriter
 from kbvq.structures import BankFormat, PackedBank, PackedProjection, ProjectionFormat
@@ -104,7 +105,8 @@ def random_bank(path: str, kind: str, experts: int, hidden: int, intermediate: i
 def put_banks_(model, banks):
     """Packed modules with these banks where the model's experts were."""
     for bank in banks:
-        module = packed_module(bank.format, model.get_submodule(bank.path).act_fn, model.config.hidden_act)
+        experts = read_experts(model.get_submodule(bank.path))
+        module = packed_module(bank.format, experts.gating, experts.activation)
         module.load_bank_(bank)
         model.set_submodule(bank.path, module)
 

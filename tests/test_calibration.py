@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch.nn.functional import silu
 
 from kbvq.models.calibration import ObservedBank
-from kbvq.models.moe_adapters import bank_activation, bank_weights, find_expert_banks
+from kbvq.models.moe_adapters import find_expert_banks, read_experts
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "deepseek_v3"])
@@ -17,8 +18,8 @@ def test_observed_banks_leave_the_outputs_and_gather_exact_moments(arch):
     calls = {}
     observed = {}
     for bank in find_expert_banks(model):
-        original = model.get_submodule(bank.path)
-        module = ObservedBank(bank_weights(original, bank), bank_activation(original))
+        experts = read_experts(model.get_submodule(bank.path))
+        module = ObservedBank(experts.weights, experts.gating)
         module.watch_("gate_up_proj", "down_proj")
         module.register_forward_pre_hook(lambda _, inputs, path=bank.path: calls.update({path: inputs}))
         model.set_submodule(bank.path, module)
@@ -34,7 +35,7 @@ def test_observed_banks_leave_the_outputs_and_gather_exact_moments(arch):
             chosen = (routed[0] == expert).any(1)
             inputs = hidden_states[chosen]
             gate, up = (inputs @ weights["gate_up_proj"][expert].T).chunk(2, 1)
-            for name, seen in (("gate_up_proj", inputs), ("down_proj", module.activation(gate) * up)):
+            for name, seen in (("gate_up_proj", inputs), ("down_proj", silu(gate) * up)):
                 moments = module.moments[name]
                 assert moments.tokens[expert] == chosen.sum()
                 torch.testing.assert_close(moments.outer_sum[expert].double(), seen.T @ seen, rtol=1e-4, atol=1e-5)
@@ -47,8 +48,8 @@ def test_observed_banks_leave_the_outputs_and_gather_exact_moments(arch):
 def test_sorted_channels_compute_the_same_and_are_dealt_out_by_energy(vector_dim):
     model = tiny_model("qwen3_moe")
     bank = find_expert_banks(model)[0]
-    original = model.get_submodule(bank.path)
-    module = ObservedBank(bank_weights(original, bank), bank_activation(original))
+    experts = read_experts(model.get_submodule(bank.path))
+    module = ObservedBank(experts.weights, experts.gating)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(200, bank.hidden_size, generator=generator)
     index = torch.randint(bank.num_experts, (200, 2), generator=generator)

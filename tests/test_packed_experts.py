@@ -10,7 +10,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import CheckpointError
-from kbvq.models.expert_forward import run_experts
+from kbvq.models.expert_forward import gated, run_experts
 from kbvq.serving.packed_experts import PackedExperts, PackedMLP, packed_module
 from kbvq.structures import PROJECTIONS, BankFormat, ProjectionFormat
 
@@ -31,7 +31,7 @@ def dense_weights(bank):
 
 
 def packed(bank, activation=silu):
-    module = packed_module(bank.format, activation)
+    module = packed_module(bank.format, gated(activation))
     module.load_bank_(bank)
     return module
 
@@ -153,7 +153,7 @@ def test_observer_sees_every_expert_with_tokens_once_in_ascending_order():
         routing_weights,
         num_experts=EXPERTS,
         expert_weights=lambda e: (gate_up[e], None, down[e], None),
-        activation=silu,
+        gating=gated(silu),
         observe=lambda *observed: seen.append(observed),
     )
     assert [observed[0] for observed in seen] == [0, 1, 3]
@@ -183,4 +183,4 @@ def test_bank_of_another_format_is_refused():
     other = BankFormat("experts", "routed", projection, ProjectionFormat(EXPERTS, HIDDEN, INTERMEDIATE, "vq", 8, 256))
     bank = random_bank("experts", "routed", EXPERTS, HIDDEN, INTERMEDIATE, seed=11)
     with pytest.raises(CheckpointError, match="format"):
-        packed_module(other, silu).load_bank_(bank)
+        packed_module(other, gated(silu)).load_bank_(bank)

@@ -8,7 +8,7 @@ import torch
 from kbvq.errors import ConfigError
 from kbvq.models.layer_stream import LayerStream
 from kbvq.quantization.pipeline import QuantizeOptions, Run
-from kbvq.quantization.planning import PROTECTED_BITS, budget_plan, check_budget, projection_shape
+from kbvq.quantization.planning import PROTECTED_BITS, budget_plan, check_budget
 from kbvq.quantization.sensitivity import Sensitivity, probed_rates
 from kbvq.recipes import BUDGET_RANKS, CODES, make_recipe
 from kbvq.storage.work_folder import WorkFolder
@@ -40,7 +40,7 @@ def peaks(banks):
 
 
 def true_bits(banks, formats):
-    weights = sum(e * o * i for b in banks for e, o, i in (projection_shape(b, p) for p in PROJECTIONS))
+    weights = sum(e * o * i for b in banks for e, o, i in (b.projection_shape(p) for p in PROJECTIONS))
     return 8 * sum(getattr(format, p).num_bytes for format in formats for p in PROJECTIONS) / weights
 
 
@@ -49,8 +49,8 @@ def true_bits(banks, formats):
 def test_true_bits_are_those_asked_for_within_one_percent(stream, bits, codebook):
     """Four layers are few to choose from; larger models come closer."""
     recipe = make_recipe("default", bits, codebook=codebook)
-    check_budget(stream.banks, recipe, "silu")
-    plan = budget_plan(stream.banks, recipe, "silu", sensitivities(stream.banks, recipe), peaks(stream.banks))
+    check_budget(stream.banks, recipe)
+    plan = budget_plan(stream.banks, recipe, sensitivities(stream.banks, recipe), peaks(stream.banks))
     assert 0.99 * bits <= true_bits(stream.banks, plan.formats) <= bits
 
 
@@ -58,7 +58,7 @@ def test_what_is_sensitive_gets_more_bits(stream):
     recipe = make_recipe("default", 2.25)
     site = stream.banks[1], "down_proj"
     measured = sensitivities(stream.banks, recipe, {site: 0.02})
-    plan = budget_plan(stream.banks, recipe, "silu", measured, peaks(stream.banks))
+    plan = budget_plan(stream.banks, recipe, measured, peaks(stream.banks))
     bits = {(row["bank"], row["projection"]): row["code_bits"] for row in plan.record["projections"]}
     assert bits[site[0].path, site[1]] == max(bits.values()) > min(bits.values())
 
@@ -67,7 +67,7 @@ def test_banks_with_super_experts_are_protected(stream):
     recipe = make_recipe("default", 2)
     found = peaks(stream.banks)
     found[stream.banks[2]][5] = 500.0
-    plan = budget_plan(stream.banks, recipe, "silu", sensitivities(stream.banks, recipe), found)
+    plan = budget_plan(stream.banks, recipe, sensitivities(stream.banks, recipe), found)
     assert plan.record["super_experts"] == {stream.banks[2].path: [5]}
     for row in plan.record["projections"]:
         if row["bank"] == stream.banks[2].path:
@@ -99,17 +99,17 @@ def test_measured_plan_beats_equal_rates_at_equal_bits(stream, tmp_path):
 def test_ranks_dear_at_that_width_are_left_out_and_unserved_activations_refused(stream):
     wide = [dataclasses.replace(bank, intermediate_size=14336) for bank in stream.banks[:1]]
     recipe = make_recipe("default", 2, idre=True)
-    largest = check_budget(wide, recipe, "silu")
+    largest = check_budget(wide, recipe)
     assert largest[0].down_proj.rank == 16
     assert largest[0].gate_up_proj.rank == 2  # at width 256 a rank costs .03 bit, so four would cost more than .1
     with pytest.raises(ConfigError, match="model.layers.0.mlp.experts: the kernels cannot serve it: .*swish7"):
-        check_budget(wide, recipe, "swish7")
+        check_budget([dataclasses.replace(bank, activation="swish7") for bank in wide], recipe)
 
 
 def test_budgets_that_cannot_be_met_are_refused_before_anything_is_read(stream):
     narrow = [dataclasses.replace(bank, hidden_size=32, intermediate_size=16) for bank in stream.banks]
     with pytest.raises(ConfigError, match="--bits 1.5: the lowest rates take"):
-        check_budget(narrow, make_recipe("default", 1.5), "silu")
+        check_budget(narrow, make_recipe("default", 1.5))
     odd = [dataclasses.replace(bank, intermediate_size=30) for bank in stream.banks]
     with pytest.raises(ConfigError, match="model.layers.0.mlp.experts: in_features 30"):
-        check_budget(odd, make_recipe("default", 2, codebook="rq"), "silu")
+        check_budget(odd, make_recipe("default", 2, codebook="rq"))

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn.functional import silu
+from transformers.integrations.moe import _default_apply_gate
 
 from kbvq.codes.packing import dequantize_expert
 from kbvq.method.projection import quantize_projection
@@ -110,12 +111,18 @@ def test_probed_rates_lie_around_the_budget():
     assert [probed_rates(bits) for bits in (1.5, 2, 2.25, 3.3, 4)] == [(1, 2), (2, 3), (2, 3), (3, 4), (3, 4)]
 
 
+class StandInExperts(nn.Module):
+    """With the experts interface of transformers, as far as an adapter asks for it."""
+
+    _apply_gate = _default_apply_gate
+
+
 def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
             self.mlp = nn.Module()
-            self.mlp.experts = nn.Module()
+            self.mlp.experts = StandInExperts()
             generator = torch.Generator().manual_seed(0)
             self.mlp.experts.gate_up_proj = nn.Parameter(torch.randn(2, 16, 8, generator=generator))
             self.mlp.experts.down_proj = nn.Parameter(torch.randn(2, 8, 8, generator=generator))

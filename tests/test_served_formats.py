@@ -9,6 +9,7 @@ from packed_banks import random_bank
 from torch.nn.functional import silu
 
 import kbvq_kernels
+from kbvq.models.expert_forward import gated
 from kbvq.recipes import CODES, make_recipe
 from kbvq.serving.packed_experts import packed_module
 from kbvq.structures import PROJECTIONS, ProjectionFormat
@@ -49,7 +50,7 @@ def test_kernels_serve_what_recipes_write(codebook, bits, option):
     index = torch.randint(2, EXPERTS, (24, 2), generator=generator)
     index[:, 0] = 1
     inputs = torch.randn(24, WIDTH, generator=generator), index, torch.rand(24, 2, generator=generator)
-    plain, served = (packed_module(bank.format, silu, name) for name in (None, "silu"))
+    plain, served = (packed_module(bank.format, gated(silu), name) for name in (None, "silu"))
     for module in (plain, served):
         module.load_bank_(bank)
     expected = plain(*inputs)

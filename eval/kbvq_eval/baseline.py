@@ -93,7 +93,7 @@ class BaselineCache:
     ) -> BaselineCache:
         """From a model folder, one decoder layer in memory at a time. Raises as `LayerStream` and `of_model`."""
         stream = LayerStream(source, dtype=dtype, device=device)
-        states = _new_states(tokens, stream.config.hidden_size, dtype, folder)
+        states = _new_states(tokens, stream.text_config.hidden_size, dtype, folder)
         batches = list(window_batches(tokens, batch_size, None))
         layer_kwargs: dict[int, list[dict]] = {}  # by rows of the batch: the last one may have fewer
         for start, stop in batches:

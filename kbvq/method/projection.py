@@ -51,6 +51,7 @@ def quantize_projection(
     recipe: Recipe,
     *,
     seed: int,
+    bias: Tensor | None = None,
 ) -> PackedProjection:
     """KBVQ-MoE for one projection of a bank: steps 1 to 7 of the method (shared_basis, vector_quantization,
     bias_correction). The paper treats gate and up as two matrices; here they are one, as transformers stores them, with
@@ -60,6 +61,7 @@ def quantize_projection(
     teacher: moments of the inputs in the original model. student: of the inputs in the quantized model so far,
         which are those that the packed projection will see. Both on the device of `weights`.
     format: how it will be stored, one that the recipe plans (Recipe.projection_format).
+    bias: of the original projection, [num_experts, out_features], stored together with that of the correction.
     Raises NumericalError when a stored value would overflow float16.
     """
     weights = weights.float()
@@ -87,6 +89,8 @@ def quantize_projection(
         tensors |= corrected if format.has_bias else {"scale": corrected["scale"]}
     elif recipe.row_scale:
         tensors["scale"] = _least_squares_scale(weights, format, tensors, student, recipe.prior_tokens)
+    if bias is not None:
+        tensors["bias"] = (bias.float() + tensors.get("bias", torch.zeros_like(bias)).float()).half()
     _check_finite(tensors)
     return PackedProjection(format, tensors)
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kbvq.codes.packing import dequantize_expert
-from kbvq.models.expert_forward import run_bank, stacked_experts
-from kbvq.models.moe_adapters import ExpertBank, bank_activation, bank_weights
+from kbvq.errors import UnsupportedModelError
+from kbvq.models.expert_forward import Gating, run_bank, stacked_experts
+from kbvq.models.moe_adapters import ExpertBank, read_experts
 from kbvq.models.ranks import ONE, Ranks
 from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
 
@@ -23,14 +24,19 @@ from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
 class ObservedBank(nn.Module):
     """Stands in for a bank's module; called like it, with or without routing.
 
-    weights: {"gate_up_proj": [E, 2I, H], "down_proj": [E, H, I]} in the dtype that the layer computes in.
+    weights: {"gate_up_proj": [E, 2I, H], "down_proj": [E, H, I]} in the dtype that the layer computes in; experts
+        without a gate have I rows in the first.
+    biases: of the original experts, [E, rows] by projection, where they have any.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], gating: Gating, biases: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.weights = dict(weights)
-        self.biases: dict[str, Tensor | None] = dict.fromkeys(PROJECTIONS)
-        self.activation = activation
+        self.original_biases = dict(biases or {})
+        self.biases: dict[str, Tensor | None] = {name: self.original_biases.get(name) for name in PROJECTIONS}
+        self.gating = gating
         self.num_experts = len(self.weights["down_proj"])
         self.dtype = self.weights["down_proj"].dtype
         self.moments: dict[str, InputMoments] = {}
@@ -62,9 +68,13 @@ class ObservedBank(nn.Module):
         """
         order = moments.outer_sum.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
         order = order.unflatten(1, (vector_dim, -1)).mT.flatten(1)
-        rows = torch.cat([order, order + order.shape[1]], 1)[..., None]
         gate_up, down = self.weights["gate_up_proj"], self.weights["down_proj"]
-        self.weights["gate_up_proj"] = gate_up.gather(1, rows.expand(-1, -1, gate_up.shape[2]))
+        gated = gate_up.shape[1] == 2 * order.shape[1]
+        rows = torch.cat([order, order + order.shape[1]], 1) if gated else order
+        self.weights["gate_up_proj"] = gate_up.gather(1, rows[..., None].expand(-1, -1, gate_up.shape[2]))
+        if "gate_up_proj" in self.original_biases:
+            bias = self.original_biases["gate_up_proj"].gather(1, rows)
+            self.original_biases["gate_up_proj"] = self.biases["gate_up_proj"] = bias
         self.weights["down_proj"] = down.gather(2, order[:, None].expand(-1, down.shape[1], -1))
         return order
 
@@ -74,18 +84,19 @@ class ObservedBank(nn.Module):
         self.set_(projection, torch.stack(experts), packed.tensors["bias"] if packed.format.has_bias else None)
 
     def set_(self, projection: str, weights: Tensor, bias: Tensor | None) -> None:
-        """Compute with these weights and biases of all experts from now on, in the dtype of the original ones."""
+        """Compute with these weights and biases of all experts from now on, in the dtype of the original ones.
+
+        bias: None for that of the original experts, if they have one.
+        """
         self.weights[projection] = weights.to(self.dtype)
-        self.biases[projection] = None if bias is None else bias.to(self.dtype)
+        self.biases[projection] = self.original_biases.get(projection) if bias is None else bias.to(self.dtype)
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
         observe = self._observe if self.moments else None
         of_expert = stacked_experts(*([named[name] for name in PROJECTIONS] for named in (self.weights, self.biases)))
-        return run_bank(
-            hidden_states, top_k_index, top_k_weights, self.num_experts, of_expert, self.activation, observe
-        )
+        return run_bank(hidden_states, top_k_index, top_k_weights, self.num_experts, of_expert, self.gating, observe)
 
     def _observe(
         self, expert: int, gate_up_inputs: Tensor, down_inputs: Tensor, outputs: Tensor, routing_weights: Tensor
@@ -163,7 +174,13 @@ class LayerRunner:
     def batch(self, hidden_states: Tensor) -> Tensor:
         """Output for a batch of at most `batch_size` windows, on `device`; differentiable."""
         self.store.release()
-        return self.layer(hidden_states.to(self.device), **self.layer_kwargs(len(hidden_states)))
+        outputs = self.layer(hidden_states.to(self.device), **self.layer_kwargs(len(hidden_states)))
+        if not isinstance(outputs, Tensor):
+            raise UnsupportedModelError(
+                f"{type(self.layer).__name__} returns a {type(outputs).__name__}; kbvq runs layers that return their "
+                "hidden states alone"
+            )
+        return outputs
 
 
 def observe_banks(layer: nn.Module, layer_path: str, banks: Iterable[ExpertBank]) -> dict[ExpertBank, ObservedBank]:
@@ -171,8 +188,8 @@ def observe_banks(layer: nn.Module, layer_path: str, banks: Iterable[ExpertBank]
     observed = {}
     for bank in banks:
         path = bank.path.removeprefix(f"{layer_path}.")
-        original = layer.get_submodule(path)
-        observed[bank] = ObservedBank(bank_weights(original, bank), bank_activation(original))
+        experts = read_experts(layer.get_submodule(path))
+        observed[bank] = ObservedBank(experts.weights, experts.gating, experts.biases)
         layer.set_submodule(path, observed[bank])
     return observed
 

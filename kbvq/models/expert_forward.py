@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,23 @@ from torch import Tensor
 ExpertWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """gate_up_proj [2I, H], its bias [2I] or None, down_proj [H, I], its bias [H] or None."""
 
+Gating = Callable[[Tensor], Tensor]
+"""What lies between the projections: outputs of gate_up_proj [n, 2I] (or [n, I] of experts without a gate) -> inputs of
+down_proj [n, I]."""
+
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 """Called as (expert, inputs of gate_up_proj [n, H], inputs of down_proj [n, I], outputs [n, H], routing weights
 [n])."""
+
+
+def gated(activation: Callable[[Tensor], Tensor]) -> Gating:
+    """The usual gating, activation(gate) * up, gate being the first half."""
+    return partial(_apply_gate, activation)
+
+
+def _apply_gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
 
 
 def run_experts(
@@ -23,10 +38,10 @@ def run_experts(
     *,
     num_experts: int,
     expert_weights: Callable[[int], ExpertWeights],
-    activation: Callable[[Tensor], Tensor],
+    gating: Gating,
     observe: Observer | None = None,
 ) -> Tensor:
-    """Σ_k routing_weight_k · (down_e(activation(gate) · up) + bias_e) over the experts of each token.
+    """Σ_k routing_weight_k · down_e(gating(gate_up_e(x))) over the experts of each token, biases included.
 
     hidden_states: [T, H], any float dtype; matrix products run in it.
     top_k_index: [T, k] integers; those >= num_experts mark experts of another rank and are skipped.
@@ -52,8 +67,7 @@ def run_experts(
         start += count
         gate_up_inputs = hidden_states[tokens[chosen]]
         gate_up_weight, gate_up_bias, down_weight, down_bias = expert_weights(expert)
-        gate, up = F.linear(gate_up_inputs, gate_up_weight, gate_up_bias).chunk(2, dim=-1)
-        down_inputs = activation(gate) * up
+        down_inputs = gating(F.linear(gate_up_inputs, gate_up_weight, gate_up_bias))
         expert_output = F.linear(down_inputs, down_weight, down_bias)
         if observe is not None:
             observe(expert, gate_up_inputs, down_inputs, expert_output, routing_weights[chosen])
@@ -80,22 +94,35 @@ def run_bank(
     top_k_weights: Tensor | None,
     num_experts: int,
     expert_weights: Callable[[int], ExpertWeights],
-    activation: Callable[[Tensor], Tensor],
+    gating: Gating,
     observe: Observer | None = None,
 ) -> Tensor:
-    """`run_experts` as modules are called: [..., H], and without routing for a shared expert, which every token meets
-    with weight one."""
+    """`run_experts` as modules are called: [..., H], and maybe without routing (`fill_routing`)."""
     tokens = hidden_states.flatten(0, -2)
-    if top_k_index is None or top_k_weights is None:
-        top_k_index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
-        top_k_weights = torch.ones(len(tokens), 1, device=tokens.device)
+    top_k_index, top_k_weights = fill_routing(tokens, top_k_index, top_k_weights, num_experts)
     output = run_experts(
         tokens,
         top_k_index,
         top_k_weights,
         num_experts=num_experts,
         expert_weights=expert_weights,
-        activation=activation,
+        gating=gating,
         observe=observe,
     )
     return output.view(hidden_states.shape)
+
+
+def fill_routing(
+    tokens: Tensor, top_k_index: Tensor | None, top_k_weights: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """The routing of a call: what it was given, or for a call with tokens [T, H] alone the index and weight, [T, 1].
+
+    A shared expert takes every token with weight one. Several experts, as in Llama 4, take equal parts of the tokens in
+    order, multiplied by their routing weights before; rows of zeros are tokens that were not routed there, and skipped.
+    """
+    if top_k_index is not None and top_k_weights is not None:
+        return top_k_index, top_k_weights
+    of_expert = torch.arange(num_experts, device=tokens.device).repeat_interleave(len(tokens) // num_experts)
+    if num_experts > 1:
+        of_expert = torch.where(tokens.any(-1), of_expert, num_experts)
+    return of_expert[:, None], torch.ones(len(tokens), 1, device=tokens.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import inspect
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -36,6 +44,9 @@ logger = logging.getLogger("kbvq")
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors dtypes that a weight may have."""
+
+TABLE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+"""And those of tables of integers, which some models keep beside their weights."""
 
 _FINITE_CHUNK = 1 << 24  # elements looked at together
 
@@ -93,8 +104,9 @@ class LayerStream:
     dtype: what embeddings and layers are materialised in; parameters that `from_pretrained` keeps in float32 stay so.
     device: where they are materialised.
 
-    model: the skeleton on the meta device, in eval mode, without cache, with a real rotary module.
-    banks: its banks of experts (find_expert_banks). layers_path: module path of the decoder layers.
+    model: the skeleton on the meta device, in eval mode, without cache; of a model that sees or hears, the whole, which
+        then works on text. text_config: the part of its config that describes the decoder layers.
+    banks: its banks of experts (find_expert_banks). layers: its decoder layers. layers_path: their module path.
     shards: the files that hold its tensors.
     source_bytes: size of the stored tensors that the model uses. source_dtype: the dtype of most of those bytes.
 
@@ -104,11 +116,15 @@ class LayerStream:
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
+        self._before_layers: list[str] = []  # names of the tensors that are in memory for `layer_inputs`
+        self._arguments_checked = False
         self.config = _load_config(folder)
-        self.model = _build_skeleton(self.config, dtype, self.device)
+        self.model = _build_skeleton(self.config, dtype)
+        self.text_config = self.config.get_text_config()
         self.banks = find_expert_banks(self.model)
-        self._layers, self.layers_path = decoder_layers(self.model)
-        self.num_layers = len(self._layers)
+        self.layers, self.layers_path = decoder_layers(self.model)
+        self.num_layers = len(self.layers)
+        self._initialize_buffers(self.model)
 
         self._stored = _read_headers(folder)
         self._skeleton = self.model.state_dict()
@@ -126,7 +142,8 @@ class LayerStream:
         bytes_of: Counter[torch.dtype] = Counter()
         for key in {key for source in self._sources.values() for _, key in source.keys}:
             stored = self._stored[key]
-            bytes_of[STORED_DTYPES[stored.dtype]] += math.prod(stored.shape) * STORED_DTYPES[stored.dtype].itemsize
+            dtype = (STORED_DTYPES | TABLE_DTYPES)[stored.dtype]
+            bytes_of[dtype] += math.prod(stored.shape) * dtype.itemsize
         self.shards = sorted({stored.shard for stored in self._stored.values()})
         self.source_bytes = bytes_of.total()
         self.source_dtype = bytes_of.most_common(1)[0][0]
@@ -148,32 +165,62 @@ class LayerStream:
     def layer_inputs(self, input_ids: Tensor) -> tuple[Tensor, list[dict]]:
         """Embeddings of a batch and the keyword arguments that each decoder layer gets for it.
 
-        input_ids: [B, S] integers. Returns hidden states [B, S, H] in `dtype` on `device`, and for every layer its
-        arguments: attention mask, position embeddings and so on, as the model's own forward makes them. They depend
-        on B and S alone. The embeddings stay in memory until a layer is opened.
+        input_ids: [B, S] integers. Returns hidden states [B, S, H] in `dtype` on `device` (with a dimension more in
+        models of several residual streams), and for every layer its arguments: attention mask, position embeddings and
+        so on, as the model's own forward makes them. They depend on B and S alone; UnsupportedModelError when they do
+        not. What stands before the layers stays in memory until a layer is opened.
         """
-        embedding = self.model.get_input_embeddings()
-        if embedding.weight.is_meta:
-            path = next(name for name, module in self.model.named_modules() if module is embedding)
-            self._materialize([name for name in self._skeleton if name.startswith(f"{path}.")])
+        if not self._before_layers:
+            parent = self.layers_path.rpartition(".")[0]
+            names = [name for name in self._skeleton if name.startswith(f"{parent}.")]
+            self._before_layers = [name for name in names if not name.startswith(f"{self.layers_path}.")]
+            self._materialize(self._before_layers)
+        input_ids = input_ids.to(self.device)
+        hidden_states, layer_kwargs = self._enter_layers(input_ids)
+        if not self._arguments_checked:
+            other = self._enter_layers((input_ids + 1) % self.text_config.vocab_size)[1]
+            for index, (one, two) in enumerate(zip(layer_kwargs, other, strict=True)):
+                for name in one:
+                    if not _equal(one[name], two[name]):
+                        raise UnsupportedModelError(
+                            f"{self.config.model_type}: the argument {name} of decoder layer {index} depends on the "
+                            "tokens; kbvq runs layers on the hidden states alone"
+                        )
+            self._arguments_checked = True
+        return hidden_states, layer_kwargs
+
+    def _enter_layers(self, input_ids: Tensor) -> tuple[Tensor, list[dict]]:
+        """What the first layer gets, and the other arguments of all layers."""
         hidden_states: list[Tensor] = []
         layer_kwargs: list[dict] = []
 
-        def record(states: Tensor, **kwargs: object) -> Tensor:
+        def record(layer: nn.Module, *args: object, **kwargs: object) -> Tensor:
+            bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs)
+            arguments = list(bound.arguments)[1:]  # without self
+            states = bound.arguments[arguments[0]]
+            named = {name: bound.arguments[name] for name in arguments[1:]}
+            for name, parameter in bound.signature.parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    named |= named.pop(name, {})
             hidden_states.append(states)
-            layer_kwargs.append(kwargs)
+            layer_kwargs.append(named)
             if len(layer_kwargs) == self.num_layers:
                 raise _LayersPassed
             return states
 
-        for layer in self._layers:
-            layer.forward = record
+        for layer in self.layers:
+            layer.forward = partial(record, layer)
         try:
-            self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+            self.model.base_model(input_ids=input_ids, use_cache=False)
         except _LayersPassed:
             pass
+        except (ValueError, TypeError, IndexError) as error:
+            raise UnsupportedModelError(
+                f"{self.config.model_type}: its decoder layers hand on more than hidden states, or its forward needs "
+                f"more than token ids ({error}); kbvq runs layers on the hidden states alone"
+            ) from error
         finally:
-            for layer in self._layers:
+            for layer in self.layers:
                 del layer.forward
         return hidden_states[0], layer_kwargs
 
@@ -184,15 +231,18 @@ class LayerStream:
         Banks may be replaced by other modules inside the block; afterwards the skeleton is as it was.
         """
         path = f"{self.layers_path}.{index}"
-        self.model.get_input_embeddings().to("meta")
+        for name in self._before_layers:
+            self._put(name, self._skeleton[name])
+        self._before_layers = []
         originals = {b.path: self.model.get_submodule(b.path) for b in self.banks if b.decoder_layer == index}
         try:
+            self._initialize_buffers(self.layers[index])
             self._materialize([name for name in self._skeleton if name.startswith(f"{path}.")])
-            yield self._layers[index]
+            yield self.layers[index]
         finally:
             for bank_path, module in originals.items():
                 self.model.set_submodule(bank_path, module)
-            self._layers[index].to("meta")
+            self.layers[index].to("meta")
             return_freed_memory()
 
     @contextmanager
@@ -221,13 +271,14 @@ class LayerStream:
 
         Inside `head` or `whole` only.
         """
-        own = [layer.__dict__.get("forward") for layer in self._layers]
-        for layer in self._layers:  # the model's own forward, with its norm, head and scaling, around no layers
-            layer.forward = lambda states, **kwargs: hidden_states
+        own = [layer.__dict__.get("forward") for layer in self.layers]
+        for layer in self.layers:  # the model's own forward, with its norm, head and scaling, around no layers
+            layer.forward = lambda *args, **kwargs: hidden_states
         try:
-            return self.model(inputs_embeds=hidden_states, use_cache=False).logits
+            embedded = hidden_states.new_zeros(*hidden_states.shape[:2], self.text_config.hidden_size)
+            return self.model(inputs_embeds=embedded, use_cache=False).logits
         finally:
-            for layer, forward in zip(self._layers, own, strict=True):
+            for layer, forward in zip(self.layers, own, strict=True):
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
@@ -265,7 +316,12 @@ class LayerStream:
             if name not in self._skeleton:
                 unused.append(key)
                 continue
-            source = sources.setdefault(name, _Source(None if pattern is None else converter_of[pattern]))
+            converter = None if pattern is None else converter_of[pattern]
+            if converter is not None and len(converter.target_patterns) > 1:
+                raise UnsupportedModelError(
+                    f"{self.config.model_type}: {key} holds several parameters in one tensor, which kbvq cannot split"
+                )
+            source = sources.setdefault(name, _Source(converter))
             source.keys.append((pattern or key, key))
         if unused:
             logger.warning("%d stored tensors are not part of the model, e.g. %s", len(unused), unused[0])
@@ -280,7 +336,7 @@ class LayerStream:
                 raise CheckpointError(f"{self.folder}: no shard has {name}; get a complete copy of the checkpoint")
             source = self._sources[name]
             for _, key in source.keys:
-                if self._stored[key].dtype not in STORED_DTYPES:
+                if self._stored[key].dtype not in (STORED_DTYPES if parameter.is_floating_point() else TABLE_DTYPES):
                     raise CheckpointError(
                         f"{self._stored[key].shard}: {key} is stored as {self._stored[key].dtype}; kbvq reads "
                         f"{', '.join(STORED_DTYPES)}: convert the checkpoint to bfloat16 first"
@@ -300,6 +356,8 @@ class LayerStream:
     def _check_experts(self, name: str, source: _Source, num_experts: int) -> None:
         """Each source pattern of a fused parameter, such as "experts.*.up_proj.weight", has a tensor per expert."""
         for pattern in source.converter.source_patterns:
+            if "experts" not in pattern or "*" not in pattern:  # another fusion, such as that of q, k and v
+                continue
             found = [key for key_pattern, key in source.keys if key_pattern == pattern]
             present = {int(part) for key in found for part in re.findall(r"\.experts\.(\d+)\.", key)}
             missing = sorted(set(range(num_experts)) - present)
@@ -334,8 +392,7 @@ class LayerStream:
                 dtype = torch.float32 if self._keeps_float32(name) else self._skeleton[name].dtype
                 # Cast once fused: a copy of each expert in a wider dtype would cost more memory than the layer itself.
                 tensor = self._assemble(stored, lambda key: fetch(key).to(self.device)).to(dtype)
-                owner, _, leaf = name.rpartition(".")
-                self._put(self.model.get_submodule(owner), leaf, tensor)
+                self._put(name, tensor)
 
     @contextmanager
     def _materialized(self, names: list[str]) -> Iterator[None]:
@@ -345,12 +402,26 @@ class LayerStream:
             yield
         finally:
             for name in names:
-                owner, _, leaf = name.rpartition(".")
-                self._put(self.model.get_submodule(owner), leaf, self._skeleton[name])
+                self._put(name, self._skeleton[name])
             return_freed_memory()
 
-    @staticmethod
-    def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    def _initialize_buffers(self, root: nn.Module) -> None:
+        """Compute the buffers that are in no shard, such as rotary frequencies, as `from_pretrained` does.
+
+        Only while the parameters of `root` are on the meta device: the call would draw them anew.
+        """
+        for module in root.modules():
+            if module is not root and module in self.layers:
+                continue
+            names = [name for name in module._non_persistent_buffers_set if name in module._buffers]
+            if any(module._buffers[name] is not None and module._buffers[name].is_meta for name in names):
+                for name in names:
+                    module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+                self.model._init_weights(module)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
         if leaf in module._buffers:
             module._buffers[leaf] = tensor
         else:
@@ -405,20 +476,28 @@ def _load_config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedModelError(f"{path} describes no model that transformers knows: {error}") from error
 
 
-def _build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     config.use_cache = False
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{config.model_type} is no causal language model: {error}") from error
-    model.eval().requires_grad_(False)
-    # Rotary frequencies are in no shard: they are computed when the module is made.
-    base = model.base_model
-    if hasattr(base, "rotary_emb"):
-        with torch.device(device):
-            base.rotary_emb = type(base.rotary_emb)(model.config)
-    return model
+    classes = [
+        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
+    ]
+    if not classes:
+        raise UnsupportedModelError(f"{config.model_type} is no causal language model that transformers knows")
+    named = [c for c in classes if c._model_mapping[type(config)].__name__ in (config.architectures or ())]
+    with torch.device("meta"):
+        model = (named or classes)[0].from_config(config, dtype=dtype, trust_remote_code=False)
+    return model.eval().requires_grad_(False)
+
+
+def _equal(one: object, two: object) -> bool:
+    """Whether two arguments of a layer are the same, tensors by their values."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(_equal(one[name], two[name]) for name in one)
+    if isinstance(one, (tuple, list)) and isinstance(two, (tuple, list)):
+        return len(one) == len(two) and all(map(_equal, one, two))
+    return type(one) is type(two) and (not isinstance(one, (int, float, str, bool)) or one == two)
 
 
 def _read_headers(folder: Path) -> dict[str, _StoredTensor]:

@@ -1,34 +1,34 @@
-"""What kbvq knows about mixture-of-experts architectures: where their experts are, and which it can quantize.
+"""What kbvq knows about mixture-of-experts architectures: where their experts are, and how they compute.
 
-One rule selects routed experts, the fused experts interface of transformers: parameters `gate_up_proj` [E, 2I, H] (gate
-rows first) and `down_proj` [E, H, I], no bias, `down(activation(gate) * up)`. Everything else is refused by name.
+One rule finds routed experts: modules named `experts`, or of a class whose name ends so. `read_experts` brings each
+into the one layout that kbvq computes with: `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj` [E, H, I], with
+biases or without, and a gating between them. What the experts interface of transformers declares is enough for nearly
+all (interleaved, transposed, with biases, without a gate, with a gate function of their own); two older layouts have a
+reader of their own. Everything else is refused by name, with the reason.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from kbvq.errors import UnsupportedModelError
+from kbvq.models.expert_forward import Gating, gated
+from kbvq_kernels.reference import ACTIVATIONS
 
-TESTED_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
-"""The `model_type`s that kbvq accepts: those whose quantization, saving and loading are tested."""
+if TYPE_CHECKING:  # importing it loads torch._dynamo and Triton
+    from transformers import PreTrainedModel
 
-SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts")
-
-# Attribute of the experts interface -> (value of the rule and of transformers versions without the attribute, reason).
-_INTERFACE = {
-    "has_gate": (True, "its experts have no gate"),
-    "has_bias": (False, "its experts have biases"),
-    "is_transposed": (False, "its expert weights are stored transposed"),
-    "is_concatenated": (True, "its gate and up rows are interleaved"),
-    "has_post_expert_norm": (False, "its experts end in a norm"),
-}
+SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,12 @@ class ExpertBank:
 
     path: module path, e.g. "model.layers.3.mlp.experts".
     kind: "routed", or "shared" (then num_experts is 1).
-    intermediate_size: rows of gate, which are as many as the rows of up.
+    hidden_size: width of the experts' inputs and outputs; not always that of the model.
+    intermediate_size: width of the inputs of down_proj.
     decoder_layer: index of the decoder layer that holds it.
+    gated: gate_up_proj has rows of gate and of up, intermediate_size each; else of up alone.
+    has_bias: both projections have one.
+    activation: name of the activation in the usual gating, for the kernels; None for a gating that they do not know.
     """
 
     path: str
@@ -47,107 +51,212 @@ class ExpertBank:
     hidden_size: int
     intermediate_size: int
     decoder_layer: int
+    gated: bool = True
+    has_bias: bool = False
+    activation: str | None = "silu"
+
+    def projection_shape(self, projection: str) -> tuple[int, int, int]:
+        """(num_experts, out_features, in_features) of one of its projections."""
+        if projection == "gate_up_proj":
+            return self.num_experts, (1 + self.gated) * self.intermediate_size, self.hidden_size
+        return self.num_experts, self.hidden_size, self.intermediate_size
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a module in the layout that kbvq computes with.
+
+    weights: gate_up_proj [E, 2I, H], gate rows first, or [E, I, H] of experts without a gate, and down_proj [E, H, I];
+        in the dtype of the module, detached, sharing its memory where the layout allows.
+    biases: [E, rows] by projection; empty, or of both.
+    gating: what lies between the projections. activation: its name for the kernels, or None (see ExpertBank).
+    """
+
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor]
+    gating: Gating
+    activation: str | None
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
-    """The decoder layers of a causal language model and their module path, e.g. "model.layers"."""
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} keeps no decoder layers at {model.base_model_prefix}.layers; {_SUPPORTED}"
-        )
-    return layers, f"{model.base_model_prefix}.layers"
+    """The decoder layers of a mixture of experts and their module path, e.g. "model.layers": the outermost list that
+    holds experts. Raises UnsupportedModelError when there is none."""
+    for path, module in model.named_modules():
+        if _holds_experts(path, module):
+            names = path.split(".")
+            for end in range(1, len(names)):
+                layers = model.get_submodule(".".join(names[:end]))
+                if isinstance(layers, nn.ModuleList):
+                    return layers, ".".join(names[:end])
+    raise UnsupportedModelError(f"{type(model).__name__} keeps no experts in decoder layers; {_SUPPORTED}")
 
 
 def find_expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
     """Every bank of a model, on any device (meta too), in layer order, the routed experts of a layer before its shared.
 
-    Raises UnsupportedModelError for a dense model and, with the reason, for experts that kbvq cannot quantize.
+    Shared experts of another build than three Linears are left alone. Raises UnsupportedModelError for a dense model
+    and, with the reason, for routed experts that kbvq cannot quantize.
     """
     model_type = model.config.model_type
     found = [(path, module) for path, module in model.named_modules() if _holds_experts(path, module)]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({model_type}) has no experts: it is a dense model, and kbvq quantizes only the "
-            f"experts of a mixture of experts; {_SUPPORTED}"
+            f"{type(model).__name__} ({model_type}) has no experts that kbvq finds: it quantizes only the experts of a "
+            f"mixture of experts, and this seems to be a dense model; {_SUPPORTED}"
         )
-    for path, module in found:
-        if reason := _why_not_standard(module):
-            raise UnsupportedModelError(
-                f"{model_type}: {path} ({type(module).__name__}) cannot be quantized: {reason}; {_SUPPORTED}"
-            )
-    if model_type not in TESTED_FAMILIES:
-        raise UnsupportedModelError(
-            f"{model_type} has experts of the standard layout, but kbvq has not been tested with it; {_SUPPORTED}"
-        )
-
     _, layers_path = decoder_layers(model)
     banks = []
     for path, module in found:
-        layer = int(path.removeprefix(f"{layers_path}.").partition(".")[0])
-        num_experts, hidden_size, intermediate_size = module.down_proj.shape
-        banks.append(ExpertBank(path, "routed", num_experts, hidden_size, intermediate_size, layer))
-
+        if not path.startswith(f"{layers_path}."):
+            raise UnsupportedModelError(
+                f"{model_type}: {path} is outside the decoder layers {layers_path}; {_SUPPORTED}"
+            )
+        try:
+            banks.append(_describe(path, "routed", read_experts(module), layers_path))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{model_type}: {path} ({type(module).__name__}) cannot be quantized: {error}; {_SUPPORTED}"
+            ) from error
         block_path = path.rpartition(".")[0]
         for name, shared in model.get_submodule(block_path).named_children():
-            if name in SHARED_EXPERT_NAMES:
-                _check_shared(f"{block_path}.{name}", shared, model_type)
-                hidden_size, intermediate_size = shared.down_proj.weight.shape
-                banks.append(ExpertBank(f"{block_path}.{name}", "shared", 1, hidden_size, intermediate_size, layer))
+            if name in SHARED_EXPERT_NAMES and _is_plain_mlp(shared):
+                banks.append(_describe(f"{block_path}.{name}", "shared", read_experts(shared), layers_path))
     return sorted(banks, key=lambda bank: bank.decoder_layer)
 
 
-def bank_weights(module: nn.Module, bank: ExpertBank) -> dict[str, Tensor]:
-    """{"gate_up_proj": [E, 2I, H], "down_proj": [E, H, I]} of the module at `bank.path`, in its dtype, detached.
+def read_experts(module: nn.Module) -> Experts:
+    """The experts of a module at a bank's path. Raises UnsupportedModelError with the reason alone."""
+    if _is_plain_mlp(module):
+        return _read_mlp(module)
+    name = type(module).__name__
+    experts = _READERS[name](module) if name in _READERS else _read_interface(module)
+    gate_up, down = experts.weights["gate_up_proj"], experts.weights["down_proj"]
+    if down.dim() != 3 or gate_up.shape not in [
+        (down.shape[0], rows, down.shape[1]) for rows in (down.shape[2], 2 * down.shape[2])
+    ]:
+        raise UnsupportedModelError(
+            f"gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)} are not [E, 2I, H] and [E, H, I]"
+        )
+    return experts
 
-    Routed experts share memory with the module; a shared expert's gate and up are stacked into a copy.
-    """
-    if bank.kind == "routed":
-        return {"gate_up_proj": module.gate_up_proj.detach(), "down_proj": module.down_proj.detach()}
-    gate_up = torch.cat([module.gate_proj.weight.detach(), module.up_proj.weight.detach()])
-    return {"gate_up_proj": gate_up[None], "down_proj": module.down_proj.weight.detach()[None]}
+
+_SUPPORTED = "docs/results/families.md lists the architectures that kbvq was tested with"
 
 
-def bank_activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The activation between gate and up of the module at a bank's path."""
-    return module.act_fn
-
-
-_SUPPORTED = f"supported model types: {', '.join(TESTED_FAMILIES)}"
+def _describe(path: str, kind: str, experts: Experts, layers_path: str) -> ExpertBank:
+    num_experts, hidden_size, intermediate_size = experts.weights["down_proj"].shape
+    return ExpertBank(
+        path,
+        kind,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        decoder_layer=int(path.removeprefix(f"{layers_path}.").partition(".")[0]),
+        gated=experts.weights["gate_up_proj"].shape[1] == 2 * intermediate_size,
+        has_bias=bool(experts.biases),
+        activation=experts.activation,
+    )
 
 
 def _holds_experts(path: str, module: nn.Module) -> bool:
     """Whether a module holds routed experts, by its name or its class, which not every architecture gives them."""
-    return path.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+    name = path.rpartition(".")[2]
+    return name == "experts" or (type(module).__name__.endswith("Experts") and name not in SHARED_EXPERT_NAMES)
 
 
-def _why_not_standard(module: nn.Module) -> str | None:
-    """The first condition of the fused experts interface that a module fails, or None."""
+def _is_plain_mlp(module: nn.Module) -> bool:
+    """Whether it is an MLP of three Linears without bias, as most shared experts are."""
+    linears = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return hasattr(module, "act_fn") and all(isinstance(x, nn.Linear) and x.bias is None for x in linears)
+
+
+def _read_mlp(module: Any) -> Experts:
+    gate_up = torch.cat([module.gate_proj.weight.detach(), module.up_proj.weight.detach()])
+    return Experts(
+        {"gate_up_proj": gate_up[None], "down_proj": module.down_proj.weight.detach()[None]},
+        {},
+        gated(module.act_fn),
+        _activation_name(module.act_fn),
+    )
+
+
+def _read_interface(module: Any) -> Experts:
+    """What the experts interface of transformers declares; versions without an attribute have the usual value."""
     apply_gate = getattr(type(module), "_apply_gate", None)
     if apply_gate is None:
-        return "it does not use the fused experts interface of transformers"
-    for attribute, (expected, reason) in _INTERFACE.items():
-        if getattr(module, attribute, expected) != expected:
-            return reason
-    gate_up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+        raise UnsupportedModelError("it does not use the fused experts interface of transformers")
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedModelError("its experts end in a norm")
+    has_gate = getattr(module, "has_gate", True)
+    first = "gate_up_proj" if has_gate else "up_proj"
+    gate_up, down = (getattr(module, name, None) for name in (first, "down_proj"))
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
-        return "it lacks the fused parameters gate_up_proj and down_proj"
-    if apply_gate is not _default_apply_gate:
-        return "it has a gate function of its own"
-    if not hasattr(module, "act_fn"):
-        return "it has no act_fn"
-    if down.dim() != 3 or gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
-        return f"gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)} are not [E, 2I, H] and [E, H, I]"
+        raise UnsupportedModelError(f"it lacks the fused parameters {first} and down_proj")
+    gate_up, down = gate_up.detach(), down.detach()
+    if getattr(module, "is_transposed", False):
+        gate_up, down = gate_up.mT, down.mT
+    biases = {}
+    if getattr(module, "has_bias", False):
+        stored = [getattr(module, f"{name}_bias", None) for name in (first, "down_proj")]
+        if not all(isinstance(bias, Tensor) for bias in stored):
+            raise UnsupportedModelError(f"it lacks the parameters {first}_bias and down_proj_bias")
+        biases = {"gate_up_proj": stored[0].detach(), "down_proj": stored[1].detach()}
+    interleaved = has_gate and not getattr(module, "is_concatenated", True)
+    if interleaved:
+        gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], 1)
+        if biases:
+            bias = biases["gate_up_proj"]
+            biases["gate_up_proj"] = torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
+    gating, activation = _gating(module, apply_gate, has_gate=has_gate, interleaved=interleaved)
+    return Experts({"gate_up_proj": gate_up, "down_proj": down}, biases, gating, activation)
+
+
+def _gating(module: Any, apply_gate: Callable, *, has_gate: bool, interleaved: bool) -> tuple[Gating, str | None]:
+    """A module's gating on gate rows first, without its weights, and its name for the kernels."""
+    activation = getattr(module, "act_fn", None)
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        raise UnsupportedModelError("its activation has parameters of its own")
+    if not has_gate or apply_gate is _default_apply_gate:
+        if activation is None:
+            raise UnsupportedModelError("it has no act_fn")
+        # Interleaving is undone in the weights, so the usual gate function finds its halves again.
+        return (gated(activation), _activation_name(activation)) if has_gate else (activation, None)
+    bare = copy.copy(module)
+    bare.__dict__["_parameters"] = {}
+    return partial(_own_gate, bare, interleaved), None
+
+
+def _own_gate(module: Any, interleaved: bool, gate_up: Tensor) -> Tensor:
+    if interleaved:
+        gate_up = torch.stack(gate_up.chunk(2, dim=-1), -1).flatten(-2)
+    return module._apply_gate(gate_up)
+
+
+def _read_llama4(module: Any) -> Experts:
+    """Transposed; called with the tokens of all experts, already multiplied by their routing weights (fill_routing)."""
+    weights = {"gate_up_proj": module.gate_up_proj.detach().mT, "down_proj": module.down_proj.detach().mT}
+    return Experts(weights, {}, gated(module.act_fn), _activation_name(module.act_fn))
+
+
+def _read_dbrx(module: Any) -> Experts:
+    """Three matrices with the rows of all experts; that of down is stored transposed."""
+    shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
+    gate, up, down = (getattr(module.mlp, name).detach().view(shape) for name in ("w1", "v1", "w2"))
+    activation = module.mlp.activation_fn
+    weights = {"gate_up_proj": torch.cat([gate, up], 1), "down_proj": down.mT}
+    return Experts(weights, {}, gated(activation), _activation_name(activation))
+
+
+_READERS: dict[str, Callable[[Any], Experts]] = {"Llama4TextExperts": _read_llama4, "DbrxExperts": _read_dbrx}
+"""Classes without the experts interface of transformers -> how they are read."""
+
+
+def _activation_name(activation: object) -> str | None:
+    """Its name in a transformers config if the kernels know it."""
+    for name in ACTIVATIONS:
+        known = ACT2FN[name]
+        if activation is getattr(F, name, None) or (
+            type(activation) is type(known) and repr(activation) == repr(known)
+        ):
+            return name
     return None
-
-
-def _check_shared(path: str, module: nn.Module, model_type: str) -> None:
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        linear = getattr(module, name, None)
-        if not isinstance(linear, nn.Linear) or linear.bias is not None:
-            raise UnsupportedModelError(
-                f"{model_type}: shared expert {path} cannot be quantized: {name} is not a Linear without "
-                f"bias; {_SUPPORTED}"
-            )
-    if not hasattr(module, "act_fn"):
-        raise UnsupportedModelError(f"{model_type}: shared expert {path} cannot be quantized: no act_fn; {_SUPPORTED}")

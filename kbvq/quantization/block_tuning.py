@@ -8,7 +8,7 @@ projection alone; this is where gate, up and down, and the experts of one token,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from kbvq.codes.packing import (
 )
 from kbvq.errors import NumericalError
 from kbvq.models.calibration import LayerRunner, ObservedBank
-from kbvq.models.expert_forward import run_bank, stacked_experts
+from kbvq.models.expert_forward import Gating, run_bank, stacked_experts
 from kbvq.structures import PROJECTIONS, InputMoments, PackedBank, PackedProjection
 
 TOKENS_PER_STEP = 2048
@@ -95,10 +95,10 @@ class TrainableProjection(nn.Module):
 class TrainableBank(nn.Module):
     """Stands in for the module of a packed bank, decoding its trainable projections in every forward pass."""
 
-    def __init__(self, bank: PackedBank, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, bank: PackedBank, gating: Gating) -> None:
         super().__init__()
         self.bank = bank
-        self.activation = activation
+        self.gating = gating
         self.projections = nn.ModuleDict({name: TrainableProjection(getattr(bank, name)) for name in PROJECTIONS})
 
     def forward(
@@ -110,7 +110,7 @@ class TrainableBank(nn.Module):
             None if bias is None else bias.to(dtype) for bias in (self.projections[n].bias() for n in PROJECTIONS)
         ]
         of_expert = stacked_experts(weights, biases)
-        return run_bank(hidden_states, top_k_index, top_k_weights, len(weights[0]), of_expert, self.activation)
+        return run_bank(hidden_states, top_k_index, top_k_weights, len(weights[0]), of_expert, self.gating)
 
     def pack(self) -> PackedBank:
         packed = {name: self.projections[name].pack() for name in PROJECTIONS}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from kbvq.errors import NumericalError
 from kbvq.models.layer_stream import LayerStream
-from kbvq.models.moe_adapters import bank_activation, decoder_layers
+from kbvq.models.moe_adapters import read_experts
 from kbvq.quantization.block_tuning import TrainableBank, cosine_schedule, parameter_group, shuffled_windows
 from kbvq.recipes import Recipe
 from kbvq.structures import PackedBank
@@ -47,10 +47,10 @@ def distill(
     """
     device, steps, learning_rate = stream.device, recipe.distillation_steps, recipe.distillation_rate
     modules = {
-        bank.path: TrainableBank(bank.to(device), bank_activation(stream.model.get_submodule(bank.path)))
+        bank.path: TrainableBank(bank.to(device), read_experts(stream.model.get_submodule(bank.path)).gating)
         for bank in banks
     }
-    with stream.whole(modules) as model, _checkpointing(decoder_layers(model)[0]):
+    with stream.whole(modules) as model, _checkpointing(stream.layers):
         groups = [parameter_group(p, learning_rate) for module in modules.values() for p in module.parameters()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         schedule = cosine_schedule(optimizer, steps)

@@ -71,6 +71,7 @@ def quantize_layer(
                     getattr(banks[bank], projection),
                     recipe,
                     seed=_seed(seed, bank, place, order),
+                    bias=module.original_biases.get(projection),
                 )
             except NumericalError as error:
                 raise NumericalError(f"{bank.path}.{projection}: {error}") from error

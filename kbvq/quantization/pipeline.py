@@ -104,7 +104,7 @@ def prepare_run(options: QuantizeOptions) -> Prepared:
     folder = resolve_model_folder(options.model)
     stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
     choose = check_budget if options.recipe.budget else uniform_plan
-    formats = choose(stream.banks, options.recipe, stream.config.hidden_act)
+    formats = choose(stream.banks, options.recipe)
     length = _sequence_length(options, stream)
     plan = make_plan(stream, formats, options.recipe, samples=options.samples, sequence_length=length)
     return Prepared(stream, ranks, formats, plan)
@@ -225,7 +225,7 @@ class Run:
             site: Sensitivity({rate: measured[site, rate] for rate in rates}, growth, carry["bias_shares"][site])
             for site, growth in carry["growth"].items()
         }
-        plan = budget_plan(stream.banks, self.recipe, stream.config.hidden_act, sensitivities, carry["peaks"])
+        plan = budget_plan(stream.banks, self.recipe, sensitivities, carry["peaks"])
         counts = Counter(row["code_bits"] for row in plan.record["projections"])  # type: ignore[attr-defined]
         text = ", ".join(f"{n} projections with {bits} code bits" for bits, n in sorted(counts.items()))
         chosen = {"formats": plan.formats, "budget": plan.record, "shards": carry["shards"]}
@@ -358,7 +358,7 @@ class Windows:
 
     def embed(self) -> Tensor:
         """Embeddings of all windows, [windows, tokens, hidden_size]."""
-        shape = (*self.token_ids.shape, self.stream.config.hidden_size)
+        shape = (*self.token_ids.shape, self.stream.text_config.hidden_size)
         embedded = self.store.empty(shape, self.stream.dtype)
         batches = range(0, len(self.token_ids), self.batch_size)
         for start in (batches[number] for number in self.ranks.share(len(batches))):
@@ -393,7 +393,7 @@ def _compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def _sequence_length(options: QuantizeOptions, stream: LayerStream) -> int:
-    longest = getattr(stream.config, "max_position_embeddings", 2048)
+    longest = getattr(stream.text_config, "max_position_embeddings", 2048)
     length = options.sequence_length or min(2048, longest)
     if length > longest:
         raise ConfigError(f"--sequence-length {length}: the model takes at most {longest} tokens")
@@ -411,7 +411,7 @@ def _calibration_windows(options: QuantizeOptions, stream: LayerStream) -> Tenso
         samples=options.samples,
         sequence_length=length,
         seed=options.seed,
-        vocab_size=stream.config.vocab_size,
+        vocab_size=stream.text_config.vocab_size,
     )
 
 

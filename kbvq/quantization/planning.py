@@ -34,15 +34,8 @@ class BudgetPlan:
     record: dict[str, object]
 
 
-def projection_shape(bank: ExpertBank, projection: str) -> tuple[int, int, int]:
-    """(num_experts, out_features, in_features)."""
-    if projection == "gate_up_proj":
-        return bank.num_experts, 2 * bank.intermediate_size, bank.hidden_size
-    return bank.num_experts, bank.hidden_size, bank.intermediate_size
-
-
-def uniform_plan(banks: list[ExpertBank], recipe: Recipe, activation: str) -> list[BankFormat]:
-    """Every projection alike. activation: its name in the model's config.
+def uniform_plan(banks: list[ExpertBank], recipe: Recipe) -> list[BankFormat]:
+    """Every projection alike.
 
     Raises ConfigError, naming the bank, when it cannot be stored, or when no kernel would serve it.
     """
@@ -51,19 +44,19 @@ def uniform_plan(banks: list[ExpertBank], recipe: Recipe, activation: str) -> li
         formats = {}
         for projection in PROJECTIONS:
             try:
-                formats[projection] = recipe.projection_format(*projection_shape(bank, projection))
+                formats[projection] = _format(bank, recipe.projection_format(*bank.projection_shape(projection)))
             except ConfigError as error:
                 raise ConfigError(f"{bank.path}: {error}") from error
-            _check_served(bank, formats[projection], activation)
+            _check_served(bank, formats[projection])
         plan.append(BankFormat(bank.path, bank.kind, **formats))
     return plan
 
 
-def check_budget(banks: list[ExpertBank], recipe: Recipe, activation: str) -> list[BankFormat]:
+def check_budget(banks: list[ExpertBank], recipe: Recipe) -> list[BankFormat]:
     """The formats of the highest rates, which bound the size of what a budget can choose. Raises as `uniform_plan`."""
     smallest, largest = 0, []
     for bank in banks:
-        candidates = {p: _candidates(bank, p, recipe, activation) for p in PROJECTIONS}
+        candidates = {p: _candidates(bank, p, recipe) for p in PROJECTIONS}
         smallest += sum(min(format.num_bytes for _, format in options) for options in candidates.values())
         by_bytes = {p: max(options, key=lambda o: o[1].num_bytes)[1] for p, options in candidates.items()}
         largest.append(BankFormat(bank.path, bank.kind, **by_bytes))
@@ -78,7 +71,6 @@ def check_budget(banks: list[ExpertBank], recipe: Recipe, activation: str) -> li
 def budget_plan(
     banks: list[ExpertBank],
     recipe: Recipe,
-    activation: str,
     sensitivities: Mapping[Site, Sensitivity],
     peaks: Mapping[ExpertBank, Tensor],
 ) -> BudgetPlan:
@@ -91,7 +83,7 @@ def budget_plan(
     options = []
     for bank in banks:
         for projection in PROJECTIONS:
-            candidates = _candidates(bank, projection, recipe, activation)
+            candidates = _candidates(bank, projection, recipe)
             protected = [option for option in candidates if option[0][0] >= PROTECTED_BITS]
             options.append(protected if bank.path in found and protected else candidates)
     sites = [(bank, projection) for bank in banks for projection in PROJECTIONS]
@@ -135,33 +127,37 @@ def budget_plan(
     return BudgetPlan(formats, {"super_experts": found, "projections": rows})
 
 
-def _candidates(
-    bank: ExpertBank, projection: str, recipe: Recipe, activation: str
-) -> list[tuple[tuple[int, int], ProjectionFormat]]:
+def _candidates(bank: ExpertBank, projection: str, recipe: Recipe) -> list[tuple[tuple[int, int], ProjectionFormat]]:
     """((code bits, rank), format) of everything the budget may choose: every rate and rank, with and without a bias."""
-    shape = projection_shape(bank, projection)
+    shape = bank.projection_shape(projection)
     try:
         formats = recipe.candidates(*shape)
     except ConfigError as error:
         raise ConfigError(f"{bank.path}: {error}") from error
-    served = {
-        option: format
-        for option, format in formats.items()
-        if kbvq_kernels.supports(**format.to_dict(), activation=activation) is None
-    }
+    served = {option: format for option, format in formats.items() if _why_not_served(bank, format) is None}
     if not served:
-        _check_served(bank, next(iter(formats.values())), activation)
-    biases = (True, False) if recipe.bcos else (False,)
+        _check_served(bank, next(iter(formats.values())))
+    biases = (True,) if bank.has_bias else (True, False) if recipe.bcos else (False,)
     return [(option, dataclasses.replace(f, has_bias=bias)) for option, f in served.items() for bias in biases]
 
 
-def _check_served(bank: ExpertBank, format: ProjectionFormat, activation: str) -> None:
-    if reason := kbvq_kernels.supports(**format.to_dict(), activation=activation):
+def _format(bank: ExpertBank, format: ProjectionFormat) -> ProjectionFormat:
+    """The format with a bias if the original experts have one: it is stored whatever the recipe says."""
+    return dataclasses.replace(format, has_bias=format.has_bias or bank.has_bias)
+
+
+def _check_served(bank: ExpertBank, format: ProjectionFormat) -> None:
+    if reason := _why_not_served(bank, format):
         raise ConfigError(f"{bank.path}: the kernels cannot serve it: {reason}")
 
 
+def _why_not_served(bank: ExpertBank, format: ProjectionFormat) -> str | None:
+    """Why no kernel serves the format. Experts with a gating that no kernel knows are served in plain torch."""
+    return kbvq_kernels.supports(**format.to_dict(), activation=bank.activation or "silu")
+
+
 def _num_weights(banks: list[ExpertBank]) -> int:
-    return sum(e * o * i for bank in banks for e, o, i in (projection_shape(bank, p) for p in PROJECTIONS))
+    return sum(e * o * i for bank in banks for e, o, i in (bank.projection_shape(p) for p in PROJECTIONS))
 
 
 def _budget_bytes(banks: list[ExpertBank], recipe: Recipe) -> int:

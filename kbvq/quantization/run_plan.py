@@ -19,7 +19,6 @@ from kbvq.errors import ConfigError
 from kbvq.method.projection import quantize_projection
 from kbvq.models.layer_stream import LayerStream
 from kbvq.models.moe_adapters import ExpertBank
-from kbvq.quantization.planning import projection_shape
 from kbvq.quantization.progress import format_seconds
 from kbvq.recipes import Recipe
 from kbvq.storage.checkpoint import check_disk_space
@@ -99,7 +98,7 @@ def make_plan(
     stream: LayerStream, formats: Sequence[BankFormat], recipe: Recipe, *, samples: int, sequence_length: int
 ) -> RunPlan:
     """The plan of a run with so many calibration windows. formats: of the recipe; with a budget the largest ones."""
-    banks, config = stream.banks, stream.config
+    banks, config = stream.banks, stream.text_config
     num_weights = sum(_num_weights(bank) for bank in banks)
     packed = sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS)
     if recipe.budget:
@@ -144,7 +143,7 @@ def disturbed_bytes(stream: LayerStream, samples: int, sequence_length: int) -> 
 
 def _disturbed_bytes_per_window(stream: LayerStream, sequence_length: int) -> int:
     """A copy of the activations for both projections of every bank at both rates that are probed."""
-    return 4 * len(stream.banks) * sequence_length * stream.config.hidden_size * stream.dtype.itemsize
+    return 4 * len(stream.banks) * sequence_length * stream.text_config.hidden_size * stream.dtype.itemsize
 
 
 def peak_memory_bytes(stream: LayerStream, recipe: Recipe, *, samples: int, sequence_length: int) -> Amount:
@@ -152,7 +151,7 @@ def peak_memory_bytes(stream: LayerStream, recipe: Recipe, *, samples: int, sequ
 
     Activations are mapped from the disk and not counted, but for the batch that runs.
     """
-    size, hidden = stream.dtype.itemsize, stream.config.hidden_size
+    size, hidden = stream.dtype.itemsize, stream.text_config.hidden_size
     worst: dict[str, float] = {}
     sizes = _layer_sizes(stream)
     for index in range(stream.num_layers):
@@ -196,17 +195,17 @@ def available_memory(device: torch.device) -> int:
 
 
 def _num_weights(bank: ExpertBank) -> int:
-    return sum(e * o * i for e, o, i in (projection_shape(bank, p) for p in PROJECTIONS))
+    return sum(e * o * i for e, o, i in (bank.projection_shape(p) for p in PROJECTIONS))
 
 
 def _moment_bytes(bank: ExpertBank, projection: str) -> int:
-    experts, _, inputs = projection_shape(bank, projection)
+    experts, _, inputs = bank.projection_shape(projection)
     return 4 * experts * inputs * inputs
 
 
 def _coding_bytes(bank: ExpertBank, projection: str, recipe: Recipe) -> int:
     """Memory while a projection is coded, beside its weights and statistics."""
-    experts, outputs, inputs = projection_shape(bank, projection)
+    experts, outputs, inputs = bank.projection_shape(projection)
     copies = 4  # scaled, in coding order, the errors, and what k-means or the codes take
     factors = 3 if recipe.error_feedback else 0  # one by one, stacked, scaled
     if recipe.codebook == "trellis":
@@ -280,7 +279,7 @@ def _best_seconds(work: object, times: int = 3) -> float:
 def _seconds(stream: LayerStream, recipe: Recipe, tokens: int) -> dict[str, float]:
     """By stage, from the products that a token takes part in and the weights that are coded."""
     speed = machine_speed(recipe, stream.device)
-    config = stream.config
+    config = stream.text_config
     top_k = getattr(config, "num_experts_per_tok", 2)
     dense = sum(p.numel() for p in stream.model.get_submodule(stream.layers_path).parameters())
     dense -= sum(_num_weights(bank) for bank in stream.banks)

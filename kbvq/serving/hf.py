@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,17 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import kbvq_kernels
-from kbvq.errors import CheckpointError, ConfigError
+from kbvq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kbvq.serving.packed_experts import packed_module
 from kbvq.storage.checkpoint import FORMAT_VERSION, check_bank_contents, check_bank_tensors, read_file_headers
-from kbvq.structures import BankFormat
+from kbvq.structures import PROJECTIONS, BankFormat
 
-if TYPE_CHECKING:  # importing it loads torch._dynamo and Triton
+if TYPE_CHECKING:  # importing them loads torch._dynamo and Triton
     from transformers import PreTrainedModel
+
+    from kbvq.models.moe_adapters import ExpertBank
+
+logger = logging.getLogger("kbvq")
 
 QUANT_METHOD = "kbvq"
 
@@ -77,6 +82,12 @@ class KbvqQuantizer(HfQuantizer):
     def is_serializable(self, *args: object, **kwargs: object) -> bool:
         return True
 
+    def update_weight_conversions(self, weight_conversions: list, *args: object) -> list:
+        """None: packed checkpoints hold the names of the model in memory, and some conversions from the hub's layout,
+        such as transposing experts, would apply to those too. 5.17 calls it with one argument, later versions with two;
+        5.4 knows no such call, and there the models whose experts are transposed cannot be loaded."""
+        return []
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -85,15 +96,29 @@ class KbvqQuantizer(HfQuantizer):
         transformers only warns about missing tensors, and may fill them with random numbers; here everything
         is compared with the headers of the files first. Raises CheckpointError naming the tensor.
         """
+        from kbvq.models.moe_adapters import find_expert_banks
+
         files = checkpoint_files or []
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             raise CheckpointError(f"a packed checkpoint is loaded from its .safetensors files, not from {files}")
         headers = read_file_headers(files)
-        banks = self.quantization_config.bank_formats()
-        for bank in banks:
+        formats = self.quantization_config.bank_formats()
+        try:
+            known = {bank.path: bank for bank in find_expert_banks(model)}
+        except UnsupportedModelError as error:
+            raise CheckpointError(f"{error}; load the checkpoint as {_architectures(model)}") from error
+        for bank in formats:
             check_bank_tensors(bank, headers)
-            _replace_bank_(model, bank)
-        check_bank_contents(banks, files)
+            _replace_bank_(model, bank, known.get(bank.path))
+        check_bank_contents(formats, files)
+        in_torch = sorted({known[bank.path].kind for bank in formats if known[bank.path].activation is None})
+        if in_torch:
+            logger.warning(
+                "the %s experts of %s have a gating that no kernel knows: they are decoded and multiplied in plain "
+                "torch, which is slow",
+                " and ".join(in_torch),
+                type(model).__name__,
+            )
 
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         for name, tensor in model.state_dict().items():
@@ -124,38 +149,29 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(KbvqQuantizer)
 
 
-def _replace_bank_(model: PreTrainedModel, bank: BankFormat) -> None:
-    try:
-        module: Any = model.get_submodule(bank.path)
-        shapes = _weight_shapes(module, bank.kind)
-    except AttributeError as error:
+def _replace_bank_(model: PreTrainedModel, bank: BankFormat, known: ExpertBank | None) -> None:
+    """known: what the model has at the path of the bank."""
+    if known is None or known.kind != bank.kind:
         raise CheckpointError(
             f"{type(model).__name__} has no {bank.kind} experts at {bank.path}; load the checkpoint as "
             f"{_architectures(model)}"
-        ) from error
-    for projection, shape in shapes.items():
+        )
+    from kbvq.models.moe_adapters import read_experts
+
+    for projection in PROJECTIONS:
         format = getattr(bank, projection)
+        shape = known.projection_shape(projection)
         if shape != (format.num_experts, format.out_features, format.in_features):
             raise CheckpointError(
                 f"{bank.path}: config.json makes {projection} {list(shape)}, its packed format says "
                 f"{[format.num_experts, format.out_features, format.in_features]}; fetch the checkpoint again"
             )
-        refused = kbvq_kernels.supports(**format.to_dict(), activation=model.config.hidden_act)
+        refused = kbvq_kernels.supports(**format.to_dict(), activation=known.activation or "silu")
         if refused:
             raise CheckpointError(f"{bank.path}: {refused}; upgrade kbvq, or quantize the model again")
+    gating = read_experts(model.get_submodule(bank.path)).gating
     with torch.device("meta"):
-        model.set_submodule(bank.path, packed_module(bank, module.act_fn, model.config.hidden_act))
-
-
-def _weight_shapes(module: Any, kind: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that a bank replaces: [num_experts, out_features, in_features] by projection."""
-    if kind == "routed":
-        return {"gate_up_proj": tuple(module.gate_up_proj.shape), "down_proj": tuple(module.down_proj.shape)}
-    rows, columns = module.gate_proj.weight.shape
-    return {
-        "gate_up_proj": (1, rows + module.up_proj.weight.shape[0], columns),
-        "down_proj": (1, *module.down_proj.weight.shape),
-    }
+        model.set_submodule(bank.path, packed_module(bank, gating, known.activation))
 
 
 def _architectures(model: PreTrainedModel) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 import kbvq_kernels
 from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import CheckpointError
-from kbvq.models.expert_forward import ExpertWeights, run_bank
+from kbvq.models.expert_forward import ExpertWeights, Gating, fill_routing, run_bank
 from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, ProjectionFormat, buffer_name
 from kbvq_kernels import PreparedProjection
 
@@ -23,15 +22,13 @@ class PackedBankModule(nn.Module):
     trainable model, and a non-persistent buffer would hold garbage after a load through the meta device.
     """
 
-    def __init__(
-        self, format: BankFormat, activation: Callable[[Tensor], Tensor], activation_name: str | None = None
-    ) -> None:
+    def __init__(self, format: BankFormat, gating: Gating, activation: str | None = None) -> None:
         super().__init__()
-        self.activation_name = activation_name
+        self.activation = activation
         self._prepared: tuple[tuple, list[PreparedProjection]] | None = None
         self.format = format
         self.num_experts = format.gate_up_proj.num_experts
-        self.act_fn = activation
+        self.gating = gating
         for projection in PROJECTIONS:
             for name, spec in self.projection_format(projection).tensors().items():
                 self.register_buffer(buffer_name(projection, name), torch.zeros(spec.shape, dtype=spec.dtype))
@@ -65,17 +62,19 @@ class PackedBankModule(nn.Module):
     def _run(self, hidden_states: Tensor, top_k_index: Tensor | None, top_k_weights: Tensor | None) -> Tensor:
         """Compute the bank's output; the one place that chooses an implementation.
 
-        The kernels serve CPU and CUDA. Other devices, and inputs that need a gradient, take the path in plain torch.
-        Without indices every token goes to expert 0 with weight one.
+        The kernels serve CPU and CUDA. Other devices, inputs that need a gradient, and experts with a gating that no
+        kernel knows take the path in plain torch. A call without indices is that of `fill_routing`.
         """
         needs_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
-        if self.activation_name is not None and hidden_states.device.type in ("cpu", "cuda") and not needs_gradient:
+        if self.activation is not None and hidden_states.device.type in ("cpu", "cuda") and not needs_gradient:
             prepared = self._kernel_projections(hidden_states.dtype)
+            if self.num_experts > 1:
+                top_k_index, top_k_weights = fill_routing(hidden_states, top_k_index, top_k_weights, self.num_experts)
             if self.format.gate_up_proj.has_column_scale:
                 column_scale = self.projection_tensors("gate_up_proj")["column_scale"]
                 hidden_states = hidden_states * column_scale.to(hidden_states.dtype)
             return kbvq_kernels.moe_forward(
-                hidden_states, top_k_index, top_k_weights, *prepared, activation=self.activation_name
+                hidden_states, top_k_index, top_k_weights, *prepared, activation=self.activation
             )
         return run_bank(
             hidden_states,
@@ -83,7 +82,7 @@ class PackedBankModule(nn.Module):
             top_k_weights,
             self.num_experts,
             lambda expert: self.expert_weights(expert, hidden_states.dtype),
-            self.act_fn,
+            self.gating,
         )
 
     def _kernel_projections(self, dtype: torch.dtype) -> list[PreparedProjection]:
@@ -130,9 +129,12 @@ def _scale_up_rows(gate_up: PreparedProjection, column_scale: Tensor) -> Prepare
 class PackedExperts(PackedBankModule):
     """Routed experts of one layer; called like the fused experts modules of transformers."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H], [T, k] integers, [T, k] -> [T, H] in the dtype of `hidden_states`; see `run_experts`."""
-        return self._run(hidden_states, top_k_index, top_k_weights)
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """[..., H], [T, k] integers, [T, k] -> [..., H] in the dtype of `hidden_states`; see `run_bank`."""
+        tokens = hidden_states.flatten(0, -2)
+        return self._run(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
 
 
 class PackedMLP(PackedBankModule):
@@ -144,11 +146,9 @@ class PackedMLP(PackedBankModule):
         return self._run(tokens, None, None).view(hidden_states.shape)
 
 
-def packed_module(
-    format: BankFormat, activation: Callable[[Tensor], Tensor], activation_name: str | None = None
-) -> PackedBankModule:
+def packed_module(format: BankFormat, gating: Gating, activation: str | None = None) -> PackedBankModule:
     """The module that serves a bank of this kind, with zeroed buffers on the default device.
 
-    activation_name: that of `activation` in a transformers config, for the kernels; None keeps to plain torch.
+    activation: name of the activation in the usual gating, for the kernels; None keeps to plain torch.
     """
-    return {"routed": PackedExperts, "shared": PackedMLP}[format.kind](format, activation, activation_name)
+    return {"routed": PackedExperts, "shared": PackedMLP}[format.kind](format, gating, activation)

@@ -1,0 +1,34 @@
+"""A few architectures of each kind through the whole matrix; tests/family_matrix.py runs all of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from family_matrix import check_family
+from moe_families import moe_model_types
+from quantizing import write_text
+
+REPRESENTATIVE = [
+    "gpt_oss",  # biases, transposed, interleaved, a gating of its own
+    "llama4_text",  # called with the tokens of all experts at once
+    "dbrx",  # three matrices with the rows of all experts
+    "nemotron_h",  # no gate, hybrid of attention and Mamba
+    "qwen3_next",  # linear attention, a shared expert
+    "deepseek_v4",  # several residual streams, experts chosen by the token
+    "qwen3_vl_moe",  # a model that sees, on text
+]
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_representative_architectures(model_type, tmp_path):
+    family = check_family(model_type, tmp_path, write_text(tmp_path / "calibration.txt", words=200))
+    refused = {"deepseek_v4": "input_ids"}.get(model_type)
+    assert family.reason is None if refused is None else refused in family.reason
+
+
+def test_the_table_lists_every_architecture():
+    """The table in docs was made with this transformers or a newer one: it knows all that are installed."""
+    table = (Path(__file__).parent.parent / "docs" / "results" / "families.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| (\w+) \|", table, re.MULTILINE))
+    assert set(moe_model_types()) <= listed
