@@ -13,7 +13,7 @@ from kbvq.serving.packed_experts import PackedBankModule
 def without_kernels(model):
     for module in model.modules():
         if isinstance(module, PackedBankModule):
-            module.activation_name = None
+            module.activation = None
     return model
 
 
