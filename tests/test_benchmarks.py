@@ -60,3 +60,15 @@ def test_continuations_are_those_of_each_model(tmp_path):
         assert tiny_tokenizer().decode(ids[-6:], skip_special_tokens=True) == text
     table = continuations.markdown(("w5 w6", "w7"), {"original": texts, "2.25 bits": ["a\nb", "c"]})
     assert "**w5 w6** …\n\n- original: … " in table and "- 2.25 bits: … a ⏎ b\n" in table
+
+
+def test_decoder_speed_states_both_sizes(tmp_path):
+    output = tmp_path / "speed.json"
+    command = [sys.executable, ROOT / "eval" / "decoder_speed.py", "--quick", "--seconds", "0.01", "--output", output]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["decoder"] for row in rows} == {"RQ-MoE", "QINCo", "QINCo, equal hidden units"}
+    for ours, _, equal in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert ours["hidden_units"] == equal["hidden_units"]
+        assert all(speed > 0 for speed in ours["vectors_per_second"].values())
+    assert "RQ-MoE over QINCo at equal hidden units" in output.with_suffix(".md").read_text()
