@@ -1,5 +1,5 @@
 # make demo   quantize the bundled model to 2.25 bits, load it with transformers, evaluate before and after
-# make real   the same with a real language model: SmolLM2-135M as a mixture of experts; half an hour, 1 GB
+# make real   the same with a real language model: SmolLM2-135M as a mixture of experts
 # make test   the whole test suite
 # make lint   ruff and mypy
 # Each needs only Python >= 3.10: the first run creates $(VENV) with the pinned versions of constraints.txt.

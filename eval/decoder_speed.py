@@ -1,10 +1,11 @@
-"""Decoding speed of RQ-MoE and QINCo with the sizes of both networks beside it, and of QINCo at equal hidden units.
+"""Decoding speed of RQ-MoE and QINCo with the sizes of both networks beside it, and of both at equal hidden units.
 
     python eval/decoder_speed.py
 
 Time does not depend on what a network has learned, so its weights are drawn. The sizes are those of
 eval/vector_benchmark.py; there QINCo has many times the hidden units of RQ-MoE, as in its paper, and that is most of
-the difference in speed. The row at equal hidden units shows what is left of it.
+the difference in speed. The rows at equal hidden units show what is left of it: either network is given as many as the
+other has. QINCo's map of a codeword and a reconstruction, twice as wide as a vector, stays whatever its hidden units.
 """
 
 from __future__ import annotations
@@ -41,14 +42,19 @@ class Network:
 
 
 def networks(settings: Settings, dim: int) -> list[Network]:
-    """RQ-MoE, QINCo of the vector benchmark, and QINCo with as many hidden units as RQ-MoE."""
+    """RQ-MoE and QINCo of the vector benchmark, then each with as many hidden units as the other has there."""
     stages, size, depth = max(settings.num_bytes), settings.codebook_size, settings.qinco_depth
-    units = settings.num_refiners * settings.refiner_width
-    ours = RQMoE(dim, stages, size, settings.num_refiners, 1, settings.refiner_width, conditioning="instruction")
+    refiners = settings.num_refiners
+    few, many = refiners * settings.refiner_width, depth * settings.qinco_width
+
+    def ours(units: int) -> RQMoE:
+        return RQMoE(dim, stages, size, refiners, 1, units // refiners, conditioning="instruction")
+
     found = [
-        Network("RQ-MoE", ours, units),
-        Network("QINCo", QINCo(dim, stages, size, depth, settings.qinco_width), depth * settings.qinco_width),
-        Network("QINCo, equal hidden units", QINCo(dim, stages, size, depth, units // depth), units),
+        Network("RQ-MoE", ours(few), few),
+        Network("QINCo", QINCo(dim, stages, size, depth, settings.qinco_width), many),
+        Network("RQ-MoE, as many as QINCo", ours(many), many),
+        Network("QINCo, as many as RQ-MoE", QINCo(dim, stages, size, depth, few // depth), few),
     ]
     with torch.no_grad():
         for network in found:
@@ -102,11 +108,14 @@ def markdown(rows: list[dict], conditions: str) -> str:
         cells += [f"{row['parameters']:,}", *(f"{row['vectors_per_second'][batch]:,.0f}" for batch in batches)]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    for place in range(0, len(rows), 3):
-        ours, _, equal = rows[place : place + 3]
-        ratios = (ours["vectors_per_second"][b] / equal["vectors_per_second"][b] for b in batches)
-        text = ", ".join(f"{ratio:.2f} in batches of {b}" for ratio, b in zip(ratios, batches, strict=True))
-        lines.append(f"- {ours['data']}, {ours['bytes']} bytes: RQ-MoE over QINCo at equal hidden units: {text}.")
+    for place in range(0, len(rows), 4):
+        group = rows[place : place + 4]
+        for ours, theirs in ((0, 1), (2, 1), (0, 3)):
+            pair = [group[index] for index in (ours, theirs)]
+            ratios = [pair[0]["vectors_per_second"][b] / pair[1]["vectors_per_second"][b] for b in batches]
+            text = ", ".join(f"{ratio:.2f} in batches of {b}" for ratio, b in zip(ratios, batches, strict=True))
+            units = " against ".join(str(row["hidden_units"]) for row in pair)
+            lines.append(f"- {pair[0]['data']}, {pair[0]['bytes']} bytes, RQ-MoE over QINCo, {units} units: {text}.")
     return "\n".join(lines) + "\n"
 
 

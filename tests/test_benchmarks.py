@@ -67,8 +67,9 @@ def test_decoder_speed_states_both_sizes(tmp_path):
     command = [sys.executable, ROOT / "eval" / "decoder_speed.py", "--quick", "--seconds", "0.01", "--output", output]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     rows = json.loads(output.read_text())["rows"]
-    assert {row["decoder"] for row in rows} == {"RQ-MoE", "QINCo", "QINCo, equal hidden units"}
-    for ours, _, equal in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
-        assert ours["hidden_units"] == equal["hidden_units"]
+    names = ["RQ-MoE", "QINCo", "RQ-MoE, as many as QINCo", "QINCo, as many as RQ-MoE"]
+    assert [row["decoder"] for row in rows[:4]] == names
+    for ours, theirs, larger, smaller in zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True):
+        assert (larger["hidden_units"], smaller["hidden_units"]) == (theirs["hidden_units"], ours["hidden_units"])
         assert all(speed > 0 for speed in ours["vectors_per_second"].values())
-    assert "RQ-MoE over QINCo at equal hidden units" in output.with_suffix(".md").read_text()
+    assert "bytes, RQ-MoE over QINCo, 16 against 16 units: " in output.with_suffix(".md").read_text()
