@@ -23,3 +23,7 @@ class NumericalError(KbvqError):
 
 class CheckpointError(KbvqError):
     """A checkpoint on disk is missing, damaged, or not what was asked for."""
+
+
+class RanksError(KbvqError):
+    """The processes of one run have lost each other."""

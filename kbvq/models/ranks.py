@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kbvq.errors import KbvqError
+from kbvq.errors import KbvqError, RanksError
+
+_PATIENCE = timedelta(hours=12)
+"""How long the others wait while the first process alone reads, hashes or writes; a process that ends is noticed at
+once."""
 
 
 class Ranks:
@@ -35,23 +41,15 @@ class Ranks:
     def sum_(self, *tensors: Tensor) -> None:
         """Add these tensors up over all processes, in place; the result is the same everywhere."""
         if self.count > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+            with _meeting():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
 
     def max_(self, tensor: Tensor) -> None:
         """The largest of all processes for each element, in place."""
         if self.count > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-
-    def fill_(self, tensor: Tensor) -> None:
-        """Row k of `tensor` from the process whose `share` of the rows it is in, in place, on all processes."""
-        if self.count > 1:
-            for owner in range(self.count):
-                rows = Ranks(owner, self.count).share(len(tensor))
-                if rows:
-                    part = tensor[rows.start : rows.stop].contiguous()
-                    dist.broadcast(part, src=owner)
-                    tensor[rows.start : rows.stop] = part
+            with _meeting():
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -74,10 +72,11 @@ class Ranks:
                 answer, failure = {"error": type(error).__name__, "message": str(error)}, error
         content = torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8, device=self.device)
         length = torch.tensor([len(content)], device=self.device)
-        dist.broadcast(length, src=0)
-        if not self.is_first:
-            content = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        dist.broadcast(content, src=0)
+        with _meeting():
+            dist.broadcast(length, src=0)
+            if not self.is_first:
+                content = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+            dist.broadcast(content, src=0)
         if failure is not None:
             raise failure
         answer = json.loads(bytes(content.tolist()))
@@ -101,5 +100,18 @@ def join_ranks(device: torch.device) -> Ranks:
     if launched_ranks() == 1:
         return Ranks(device=device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with _meeting():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Raises RanksError where the other processes cannot be reached, most often because one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed has no class of its own for a lost connection
+        raise RanksError(
+            f"the other processes of the run cannot be reached ({str(error).partition(chr(10))[0]}); see what they "
+            "say. What the run had finished is kept; the same command goes on from there, on any number of processes"
+        ) from error

@@ -31,6 +31,7 @@ PROBE_BYTES = 1 << 29
 """Memory for the disturbed activations from which the sensitivities are measured."""
 
 _PROGRAM = 560 << 20  # what Python, torch and transformers take (eval/memory_benchmark.py, with threads and buffers)
+_CODED_WIDTH = 256  # of the projection on which the time of coding is measured
 _READ_RATE = 1e9  # bytes per second of a disk, assumed
 _READS = 4  # times that the stored weights are read: hash, check, measure, quantize
 
@@ -254,17 +255,28 @@ def _flops(device: torch.device, size: int = 768) -> float:
 
 
 @lru_cache
-def _coding_seconds(recipe: Recipe, device: torch.device, experts: int = 4, size: int = 128) -> float:
-    """Of a small projection with moments of random inputs."""
+def _coding_seconds(recipe: Recipe, device: torch.device) -> float:
+    """Seconds for one weight more: what two projections take of which one has more experts. Codebooks are trained on a
+    sample, whose time both have, and compiled code is built before either is timed."""
+    few, many = 2, 6
+    _code_random(recipe, device, 1)
+    times = {
+        experts: _best_seconds(lambda n=experts: _code_random(recipe, device, n), times=1) for experts in (few, many)
+    }
+    return max(times[many] - times[few], 0.1 * times[many]) / ((many - few) * _CODED_WIDTH**2)
+
+
+def _code_random(recipe: Recipe, device: torch.device, experts: int) -> None:
+    """Quantize random weights for random inputs."""
     generator = torch.Generator().manual_seed(0)
+    size = _CODED_WIDTH
     weights, inputs = (torch.randn(experts, size, size, generator=generator).to(device) for _ in range(2))
     moments = InputMoments.zeros(experts, size, device)
     for expert in range(experts):
         moments.add_(expert, inputs[expert], torch.ones(size, device=device))
     bits = None if not recipe.budget else max(1, min(4, round(recipe.bits)))
     format = recipe.projection_format(experts, size, size, bits=bits)
-    seconds = _best_seconds(lambda: quantize_projection(weights, moments, moments, format, recipe, seed=0), times=1)
-    return seconds / weights.numel()
+    quantize_projection(weights, moments, moments, format, recipe, seed=0)
 
 
 def _best_seconds(work: object, times: int = 3) -> float:
