@@ -2,6 +2,7 @@
 # make real   the same with a real language model: SmolLM2-135M as a mixture of experts
 # make test   the whole test suite
 # make lint   ruff and mypy
+# make report-check   the demo's report in headless Chromium, which must be installed (Debian: apt-get install chromium)
 # Each needs only Python >= 3.10: the first run creates $(VENV) with the pinned versions of constraints.txt.
 
 PYTHON ?= python3
@@ -12,13 +13,14 @@ OUT = out/demo
 
 REAL = out/real
 
-.PHONY: demo real test lint
+.PHONY: demo real test lint report-check
 
 demo: $(VENV)/.installed
 	$(BIN)/python quantize.py --model $(MODEL) --calibration tests/data/calibration.txt --output $(OUT) \
 		--bits 2.25 --sequence-length 256 --overwrite
 	HF_HUB_OFFLINE=1 $(BIN)/kbvq eval $(OUT) --baseline $(MODEL) --perplexity tests/data/test.txt \
-		--tasks fixture_cloze,fixture_lastword --include-path tests/data/tasks --limit 200 --json $(OUT)-eval.json
+		--tasks fixture_cloze,fixture_lastword --include-path tests/data/tasks --limit 200 --generation \
+		--json $(OUT)-eval.json --report
 
 # Every token of it passes all eight experts, so it computes exactly what the dense model does.
 real: $(VENV)/.installed
@@ -37,11 +39,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+report-check:
+	$(BIN)/python tests/report_check.py $(OUT)/report.html --screenshots $(OUT)-screenshots
+
 # torch goes first and alone, at its pinned version: nothing that follows can then choose another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("kbvq needs Python >= 3.10: make PYTHON=...") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[eval,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[eval,report,dev]'
 	touch $@

@@ -1,10 +1,11 @@
-"""The command line: `kbvq quantize`, `kbvq eval`, `kbvq inspect`, `kbvq verify`."""
+"""The command line: `kbvq quantize`, `eval`, `report`, `lm-eval`, `inspect` and `verify`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from kbvq.errors import ConfigError, KbvqError
 from kbvq.models.calibration_text import DEFAULT_CALIBRATION
 from kbvq.quantization.pipeline import QuantizeOptions, dry_run, quantize_model
 from kbvq.recipes import CODES, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
+from kbvq.reporting import write_documents
+from kbvq.reporting.run_report import read_run
+from kbvq.reporting.summary import summary_text
 from kbvq.storage.checkpoint import inspect_checkpoint, verify_checkpoint
 from kbvq.storage.work_folder import is_work_folder, verify_state, work_folder
 
@@ -119,12 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--json", metavar="FILE", help="write the results there; an interrupted run goes on from FILE.partial"
     )
+    evaluate.add_argument("--report", action="store_true", help="show the results in the model's report.html and card")
 
     harness = commands.add_parser(
         "lm-eval", help="lm-eval's own command line with the model kbvq", add_help=False, prefix_chars="\0"
     )
     harness.set_defaults(run=_harness, quiet=True)
     harness.add_argument("arguments", nargs=argparse.REMAINDER)
+
+    report = commands.add_parser("report", parents=[common], help="write report.html and the model card anew")
+    report.set_defaults(run=_report)
+    report.add_argument("folder", type=Path, help="a packed checkpoint")
 
     inspect = commands.add_parser("inspect", parents=[common], help="bits and bytes of a packed checkpoint")
     inspect.set_defaults(run=_inspect)
@@ -160,11 +169,10 @@ def _quantize(options: argparse.Namespace) -> None:
     if options.dry_run:
         print("\n".join(dry_run(wanted).lines()))
         return
-    record = quantize_model(wanted, kbvq_version=kbvq.__version__)
-    print(
-        f"{options.output}: {record['bits_per_weight']:.3f} bits per expert weight with everything stored, "
-        f"{record['code_bits']:.3f} in codes"
-    )
+    quantize_model(wanted, kbvq_version=kbvq.__version__)
+    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, one writes
+        documents = write_documents(options.output)
+        print(summary_text(read_run(options.output), options.output, documents, baseline=options.model))
 
 
 def _num_bytes(text: str | None) -> int | None:
@@ -201,7 +209,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         device=options.device,
         dtype=options.dtype,
         json_path=options.json,
+        report=options.report,
     )
+
+
+def _report(options: argparse.Namespace) -> None:
+    for path in write_documents(options.folder):
+        print(f"written   {path}")
 
 
 def _harness(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ LEVELS = [
     ("models",),
     ("storage",),
     ("quantization", "serving"),
+    ("reporting",),
     ("cli", "__main__", "__init__"),
 ]
 """Files and folders of kbvq; imports stay within a room or point to an earlier one."""

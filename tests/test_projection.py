@@ -8,6 +8,7 @@ import torch
 from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import ConfigError, NumericalError
 from kbvq.method.projection import quantize_projection, report_projection
+from kbvq.method.rate_distortion import row_moment
 from kbvq.recipes import CODES, RECIPE_NAMES, make_recipe
 from kbvq.structures import InputMoments
 
@@ -186,3 +187,22 @@ def test_recipes_are_data():
     recipe = make_recipe("paper", 2, klt=False)
     assert dataclasses.replace(recipe, klt=True) == make_recipe("paper", 2)
     assert recipe.to_dict()["klt"] is False
+
+
+def test_report_has_the_error_of_each_expert_and_the_share_of_the_strongest_directions():
+    recipe = make_recipe("default", 2, budget=False)
+    weights, moments, tokens = problem()
+    packed = quantize_projection(weights, moments, moments, planned(recipe), recipe, seed=5)
+    report = report_projection(weights, packed, moments, prior_tokens=0.0)
+    for expert, (weight, inputs) in enumerate(zip(weights, tokens, strict=True)):
+        wrong = inputs @ (weight - dequantize_expert(packed.format, packed.tensors, expert)).T
+        expected = wrong.square().sum() / (inputs @ weight.T).square().sum()
+        assert report.relative_error_by_expert[expert] == pytest.approx(expected.item(), rel=1e-4)
+    # The eigenvalues of H^½ Σ_w H^½ are those of H Σ_w.
+    shares = []
+    for weight, inputs in zip(weights.double(), tokens, strict=True):
+        product = inputs.double().T @ inputs.double() @ row_moment(weight)
+        largest = torch.linalg.eigvals(product).real.sort(descending=True).values
+        shares.append(largest.cumsum(0) / largest.sum())
+    assert report.spectrum[0] == 0 and report.spectrum[-1] == pytest.approx(1)
+    assert report.spectrum[1:] == pytest.approx(torch.stack(shares).mean(0).tolist(), abs=1e-5)  # 32 directions

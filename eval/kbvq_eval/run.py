@@ -9,11 +9,8 @@ before the model is loaded. Each text, task and model is a part that an interrup
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,10 +23,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import kbvq
 from kbvq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kbvq.models.layer_stream import LayerStream, resolve_model_folder, return_freed_memory
+from kbvq.reporting.run_report import EVALUATION
 from kbvq.storage.checkpoint import inspect_checkpoint
+from kbvq.storage.provenance import hardware, versions
 from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import mean_stderr, score_windows
 from kbvq_eval.generation import measure_generation
@@ -44,7 +42,6 @@ logger = logging.getLogger("kbvq")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TASK_BATCH_SIZE = 16
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "lm_eval")
 
 
 def evaluate(
@@ -62,6 +59,7 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     json_path: str | None = None,
+    report: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model, print one table and, with `json_path`, write one JSON file; returns what the file holds.
 
@@ -71,6 +69,8 @@ def evaluate(
     longest sequence). batch_size: windows, or task requests, per forward. generation: rates, memory and
     continuations of the first text. device: "cpu", "cuda", "cuda:1" or "auto" (all there are); default cuda where
     there is one. dtype: "float32" (default on the CPU), "bfloat16" (default elsewhere) or "float16".
+
+    report: also put the result into the model's folder, whose report and card then show it.
 
     With `json_path`, finished parts lie in `<json_path>.partial` until the file is written, and a run with the same
     arguments goes on from them; without, in a temporary folder.
@@ -95,6 +95,8 @@ def evaluate(
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     read = {text.name: text for text in map(load_text, dict.fromkeys(texts))}
+    if report and not _is_packed(model):
+        raise ConfigError(f"--report needs a packed checkpoint in a local folder; {model} is none")
     if (generation or suite is not None) and not read:
         raise ConfigError("generation continues a text: pass one with --perplexity")
     measured = Measurement(
@@ -118,6 +120,12 @@ def evaluate(
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         parts.remove()
     print(format_table(result))
+    if report:
+        (Path(model) / EVALUATION).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        from kbvq.reporting import write_documents
+
+        for path in write_documents(Path(model)):
+            print(f"written   {path}")
     return result
 
 
@@ -344,12 +352,8 @@ def _difference(metric: Metric, baseline: Metric) -> dict[str, float | None]:
 
 def _identity(model: str) -> dict[str, Any]:
     """Where a model came from, the bytes of its weights and, for a packed checkpoint, its bits by the bytes on disk."""
-    bits: dict[str, Any] = {}
     path = Path(model)
-    if (path / "config.json").is_file():
-        quantization = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-        if quantization.get("quant_method") == "kbvq":
-            bits = inspect_checkpoint(path)
+    bits: dict[str, Any] = inspect_checkpoint(path) if _is_packed(model) else {}
     files = [path] if path.is_file() else list(path.glob("*.safetensors")) if path.is_dir() else []
     return {
         "path": model,
@@ -359,18 +363,10 @@ def _identity(model: str) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that a result depends on, where they are installed."""
-    found = {"kbvq": kbvq.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """The machine that speeds were measured on."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "cuda": cuda}
+def _is_packed(model: str) -> bool:
+    """Whether it is a folder with a checkpoint of kbvq."""
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return False
+    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
+    return quantization.get("quant_method") == "kbvq"

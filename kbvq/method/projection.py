@@ -26,6 +26,8 @@ LIMIT_EXPERTS = 4
 """Experts of a projection whose limit is computed: each takes an eigenvalue problem, and that of all experts together
 would cost more than the quantization."""
 
+SPECTRUM_POINTS = 33
+
 
 @dataclass(frozen=True)
 class ProjectionReport:
@@ -34,6 +36,9 @@ class ProjectionReport:
     relative_error: Σ_e tr(Δ H_e Δᵀ) / Σ_e tr(W H_e Wᵀ), Δ = W − Ŵ without bias, H_e the inputs' second moments.
     bits_above_limit: ½ log₂(D/D*) of an expert at the projection's true bits per weight, against the Gaussian Shannon
         limit of its rows under its inputs; mean over at most LIMIT_EXPERTS experts.
+    relative_error_by_expert: as relative_error, of each expert alone.
+    spectrum: share of the weighted energy in the strongest directions, at SPECTRUM_POINTS even steps from none to all;
+        mean over the experts whose limit is computed.
     """
 
     bits_per_weight: float
@@ -41,6 +46,8 @@ class ProjectionReport:
     rank: int
     relative_error: float
     bits_above_limit: float
+    relative_error_by_expert: tuple[float, ...]
+    spectrum: tuple[float, ...]
 
 
 def quantize_projection(
@@ -101,23 +108,35 @@ def report_projection(
     """Weighted error of a packed projection and its distance from the Shannon limit (rate_distortion)."""
     bits = 8 * packed.format.num_bytes / packed.format.num_weights
     error = energy = 0.0
-    above = []
+    above, by_expert, shares = [], [], []
     limited = range(0, len(weights), -(-len(weights) // LIMIT_EXPERTS))
     for expert, weight in enumerate(weights):
         second_moment, _ = student.expert_moments(expert, prior_tokens)
         lost = weighted_error(weight - dequantize_expert(packed.format, packed.tensors, expert), second_moment)
+        own_energy = weighted_error(weight, second_moment)
+        by_expert.append(lost / own_energy if own_energy else 0.0)
         error += lost
-        energy += weighted_error(weight, second_moment)
+        energy += own_energy
         if expert in limited:
-            limit = shannon_distortion(weighted_spectrum(second_moment, row_moment(weight)), bits)
-            above.append(bits_above_limit(lost, limit))
+            spectrum = weighted_spectrum(second_moment, row_moment(weight))
+            above.append(bits_above_limit(lost, shannon_distortion(spectrum, bits)))
+            shares.append(_shares(spectrum))
     return ProjectionReport(
         bits_per_weight=bits,
         code_bits=8 * packed.format.code_bytes / packed.format.num_weights,
         rank=packed.format.rank,
         relative_error=error / energy if energy else 0.0,
         bits_above_limit=sum(above) / len(above),
+        relative_error_by_expert=tuple(by_expert),
+        spectrum=tuple(torch.stack(shares).mean(0).tolist()),
     )
+
+
+def _shares(spectrum: Tensor) -> Tensor:
+    """Share of the sum of ascending eigenvalues in the largest, at SPECTRUM_POINTS even steps from none to all."""
+    sums = torch.cat([spectrum.new_zeros(1), spectrum.flip(0).cumsum(0)])
+    steps = torch.linspace(0, len(spectrum), SPECTRUM_POINTS, dtype=torch.float64).round().long()
+    return sums[steps] / sums[-1].clamp_min(1e-30)
 
 
 def _store_factors(basis: Tensor, coefficients: Tensor, factor_dtype: str) -> dict[str, Tensor]:

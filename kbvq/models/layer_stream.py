@@ -48,6 +48,8 @@ STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 TABLE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 """And those of tables of integers, which some models keep beside their weights."""
 
+_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+
 _FINITE_CHUNK = 1 << 24  # elements looked at together
 
 
@@ -65,7 +67,7 @@ def resolve_model_folder(name_or_path: str) -> Path:
         return Path(
             snapshot_download(
                 name_or_path,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"],
+                allow_patterns=[*_DOWNLOADED, "README.md"],  # the model card, for its licence
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights again, in another layout
             )
         )

@@ -46,6 +46,7 @@ from kbvq.storage.checkpoint import (
     PackedCheckpointWriter,
 )
 from kbvq.storage.files import read_json, write_tensors
+from kbvq.storage.provenance import provenance
 from kbvq.storage.records import StoredFile
 from kbvq.storage.work_folder import CHECKPOINT, WorkFolder
 from kbvq.storage.work_folder import METRICS as WORK_METRICS
@@ -301,6 +302,7 @@ class Run:
             "experts_with_few_tokens": _few_tokens(carry["layers"], recipe.few_tokens),
             "layers": carry["layers"],
         }
+        record |= provenance(options.model, self.stream.folder, self.token_ids)
         if "budget" in carry:
             record["budget"] = carry["budget"]
         self.writer.finish(
