@@ -1,4 +1,4 @@
-"""The command line: `kbvq quantize`, `eval`, `report`, `lm-eval`, `inspect` and `verify`."""
+"""The command line: `kbvq quantize`, `eval`, `compare`, `report`, `lm-eval`, `inspect` and `verify`."""
 
 from __future__ import annotations
 
@@ -131,6 +131,17 @@ def _parser() -> argparse.ArgumentParser:
     harness.set_defaults(run=_harness, quiet=True)
     harness.add_argument("arguments", nargs=argparse.REMAINDER)
 
+    compare = commands.add_parser("compare", parents=[common], help="checkpoints side by side: a table and a picture")
+    compare.set_defaults(run=_compare)
+    compare.add_argument("models", nargs="+", help="folders or hub names, ours or other tools'")
+    compare.add_argument("--baseline", required=True, help="the original model")
+    compare.add_argument("--perplexity", required=True, metavar="TEXT", help="wikitext2, c4 or a UTF-8 file")
+    compare.add_argument("--output", required=True, type=Path, help="folder of the table, the picture and what is done")
+    compare.add_argument("--window", type=int, help="tokens per window (default: min(2048, the model's longest))")
+    compare.add_argument("--batch-size", type=int, help="windows per forward")
+    compare.add_argument("--device", help="as of eval")
+    compare.add_argument("--dtype", help="as of eval")
+
     report = commands.add_parser("report", parents=[common], help="write report.html and the model card anew")
     report.set_defaults(run=_report)
     report.add_argument("folder", type=Path, help="a packed checkpoint")
@@ -210,6 +221,21 @@ def _evaluate(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         json_path=options.json,
         report=options.report,
+    )
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from kbvq_eval.compare import compare
+
+    compare(
+        options.models,
+        baseline=options.baseline,
+        perplexity=options.perplexity,
+        output=options.output,
+        window=options.window,
+        batch_size=options.batch_size,
+        device=options.device,
+        dtype=options.dtype,
     )
 
 

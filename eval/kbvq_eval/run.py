@@ -95,7 +95,7 @@ def evaluate(
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     read = {text.name: text for text in map(load_text, dict.fromkeys(texts))}
-    if report and not _is_packed(model):
+    if report and not is_packed(model):
         raise ConfigError(f"--report needs a packed checkpoint in a local folder; {model} is none")
     if (generation or suite is not None) and not read:
         raise ConfigError("generation continues a text: pass one with --perplexity")
@@ -353,7 +353,7 @@ def _difference(metric: Metric, baseline: Metric) -> dict[str, float | None]:
 def _identity(model: str) -> dict[str, Any]:
     """Where a model came from, the bytes of its weights and, for a packed checkpoint, its bits by the bytes on disk."""
     path = Path(model)
-    bits: dict[str, Any] = inspect_checkpoint(path) if _is_packed(model) else {}
+    bits: dict[str, Any] = inspect_checkpoint(path) if is_packed(model) else {}
     files = [path] if path.is_file() else list(path.glob("*.safetensors")) if path.is_dir() else []
     return {
         "path": model,
@@ -363,7 +363,7 @@ def _identity(model: str) -> dict[str, Any]:
     }
 
 
-def _is_packed(model: str) -> bool:
+def is_packed(model: str) -> bool:
     """Whether it is a folder with a checkpoint of kbvq."""
     config = Path(model) / "config.json"
     if not config.is_file():
