@@ -75,6 +75,8 @@ class Recipe:
         expert's inputs (error_feedback), with the codebooks refitted `refits` times to the weighted error.
     damping: added to the diagonal of a second moment there, as a fraction of its mean.
     routing_weighted: a token counts in the moments by its squared routing weight.
+    matching: code the weights that give the original's outputs on the quantized model's inputs, instead of the original
+        ones, and take back what the residual stream lacks by then (target_weights, quantization.matching).
     tuning_steps: steps of Adam on each layer's output (block_tuning), 0 for none; tuning_rate: their learning rate.
     distillation_steps, distillation_rate: the same for end-to-end tuning of the whole model (distillation).
     kmeans_iterations: Lloyd iterations per codebook (paper: 100).
@@ -100,6 +102,7 @@ class Recipe:
     refits: int = 2
     damping: float = 0.01
     routing_weighted: bool = False
+    matching: bool = False
     tuning_steps: int = 0
     tuning_rate: float = 5e-3
     distillation_steps: int = 0
@@ -223,6 +226,7 @@ _FAST: dict[str, object] = {
     "refits": 1,
     "damping": 0.003,
     "routing_weighted": True,
+    "matching": True,
     "kmeans_iterations": 20,
     "max_vectors_per_codeword": 64,
     "prior_tokens": 64.0,

@@ -367,20 +367,32 @@ class InputMoments:
             self.mass + other.mass,
         )
 
-    def add_(self, expert: int, inputs: Tensor, routing_weights: Tensor, *, by_routing: bool = False) -> None:
+    def add_(
+        self,
+        expert: int,
+        inputs: Tensor,
+        routing_weights: Tensor,
+        *,
+        by_routing: bool = False,
+        token_weights: Tensor | None = None,
+    ) -> Tensor:
         """Accumulate, in place, `inputs` [tokens, in_features] of one expert (any float dtype).
 
         routing_weights: [tokens]. by_routing: weight each token by its squared routing weight instead of by one.
+        token_weights: [tokens], further factors. Returns the weights that the tokens had, [tokens] float32.
         """
         self.__dict__.pop("_pooled", None)
         inputs, routing_weights = inputs.float(), routing_weights.float()
         weights = routing_weights.square() if by_routing else torch.ones_like(routing_weights)
+        if token_weights is not None:
+            weights = weights * token_weights
         weighted = inputs * weights[:, None]
         self.outer_sum[expert].addmm_(weighted.T, inputs)
         self.input_sum[expert] += weighted.sum(0)
         self.tokens[expert] += len(inputs)
         self.weight_sum[expert] += routing_weights.sum()
         self.mass[expert] += weights.sum()
+        return weights
 
     def reorder(self, order: Tensor) -> InputMoments:
         """The moments with the channels of each expert in an order of its own; order: [num_experts, in_features]

@@ -160,15 +160,6 @@ def test_interface_attributes_absent_from_older_transformers_count_as_standard()
     assert find_expert_banks(model) == EXPECTED["qwen3_moe"]
 
 
-def test_own_gate_of_older_transformers_is_refused():
-    """Without the attribute nobody knows how its gate and up rows lie."""
-    model = meta_model(moe_families.tiny_config("gpt_oss"))
-    for layer in model.model.layers:
-        vars(layer.mlp.experts).pop("is_concatenated")
-    with pytest.raises(UnsupportedModelError, match="gpt_oss.*interleaved; upgrade transformers"):
-        find_expert_banks(model)
-
-
 def test_separate_expert_modules_are_refused():
     model = meta_model(LlamaConfig(**SMALL, intermediate_size=64))
     model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])

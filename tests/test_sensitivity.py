@@ -1,9 +1,9 @@
 """What is measured before quantization, against quantization itself."""
 
 import torch
+from stand_in_experts import StandInExperts
 from torch import nn
 from torch.nn.functional import silu
-from transformers.integrations.moe import _default_apply_gate
 
 from kbvq.codes.packing import dequantize_expert
 from kbvq.method.projection import quantize_projection
@@ -109,12 +109,6 @@ def test_predictions_follow_the_power_law_through_the_probes():
 
 def test_probed_rates_lie_around_the_budget():
     assert [probed_rates(bits) for bits in (1.5, 2, 2.25, 3.3, 4)] == [(1, 2), (2, 3), (2, 3), (3, 4), (3, 4)]
-
-
-class StandInExperts(nn.Module):
-    """With the experts interface of transformers, as far as an adapter asks for it."""
-
-    _apply_gate = _default_apply_gate
 
 
 def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():

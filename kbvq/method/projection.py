@@ -18,6 +18,7 @@ from kbvq.method.rate_distortion import (
     weighted_spectrum,
 )
 from kbvq.method.shared_basis import shared_low_rank
+from kbvq.method.target_weights import Goal
 from kbvq.method.vector_quantization import column_scales, row_scales, vector_quantize
 from kbvq.recipes import Recipe
 from kbvq.structures import InputMoments, PackedProjection, ProjectionFormat
@@ -59,6 +60,7 @@ def quantize_projection(
     *,
     seed: int,
     bias: Tensor | None = None,
+    goal: Goal | None = None,
 ) -> PackedProjection:
     """KBVQ-MoE for one projection of a bank: steps 1 to 7 of the method (shared_basis, vector_quantization,
     bias_correction). The paper treats gate and up as two matrices; here they are one, as transformers stores them, with
@@ -69,9 +71,11 @@ def quantize_projection(
         which are those that the packed projection will see. Both on the device of `weights`.
     format: how it will be stored, one that the recipe plans (Recipe.projection_format).
     bias: of the original projection, [num_experts, out_features], stored together with that of the correction.
+    goal: weights to be coded in their place, and the outputs that the correction then restores instead of the
+        teacher's.
     Raises NumericalError when a stored value would overflow float16.
     """
-    weights = weights.float()
+    weights = weights.float() if goal is None else goal.weights
     tensors: dict[str, Tensor] = {}
     residual = weights
     if format.rank:
@@ -92,7 +96,7 @@ def quantize_projection(
     if format.has_scale:
         tensors["scale"] = scale.half() * weights.any(-1)  # not every code has a codeword of zeros for a row of zeros
     if recipe.bcos:
-        corrected = _correct_outputs(weights, format, tensors, teacher, student, recipe.prior_tokens)
+        corrected = _correct_outputs(weights, format, tensors, teacher, student, recipe.prior_tokens, goal)
         tensors |= corrected if format.has_bias else {"scale": corrected["scale"]}
     elif recipe.row_scale:
         tensors["scale"] = _least_squares_scale(weights, format, tensors, student, recipe.prior_tokens)
@@ -161,13 +165,22 @@ def _correct_outputs(
     teacher: InputMoments,
     student: InputMoments,
     prior_tokens: float,
+    goal: Goal | None,
 ) -> dict[str, Tensor]:
     """Scale and bias after BCOS: the slope multiplies the row scale. Both float16."""
     scales, biases = [], []
     for expert, weight in enumerate(weights):
-        wanted = output_moments(weight, *teacher.expert_moments(expert, prior_tokens))
+        of_student = student.expert_moments(expert, prior_tokens)
+        if goal is None:
+            wanted = output_moments(weight, *teacher.expert_moments(expert, prior_tokens))
+        else:  # a deviation that is not known is that of the weights to be coded
+            deviation = goal.deviation[expert]
+            wanted = (
+                goal.mean[expert],
+                torch.where(deviation.isnan(), output_moments(weight, *of_student)[1], deviation),
+            )
         quantized = dequantize_expert(format, tensors, expert)
-        slope, bias = bias_correction(wanted, output_moments(quantized, *student.expert_moments(expert, prior_tokens)))
+        slope, bias = bias_correction(wanted, output_moments(quantized, *of_student))
         scales.append(tensors["scale"][expert].float() * slope)
         biases.append(bias)
     return {"scale": torch.stack(scales).half(), "bias": torch.stack(biases).half()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,10 +16,22 @@ from torch import Tensor, nn
 
 from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import UnsupportedModelError
-from kbvq.models.expert_forward import Gating, run_bank, stacked_experts
+from kbvq.models.expert_forward import ExpertWeights, Gating, Observer, run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank, read_experts
 from kbvq.models.ranks import ONE, Ranks
 from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One forward pass of a bank. inputs, outputs: [T, H]. top_k_index, top_k_weights: [T, k]; a shared expert's are
+    zeros and ones, k = 1. down_inputs: (expert, inputs of down_proj [n, I]) of every expert that had tokens."""
+
+    inputs: Tensor
+    outputs: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    down_inputs: list[tuple[int, Tensor]]
 
 
 class ObservedBank(nn.Module):
@@ -43,6 +56,15 @@ class ObservedBank(nn.Module):
         self.peaks = torch.zeros(self.num_experts, device=self.weights["down_proj"].device)
         """Largest absolute output of each expert while moments were gathered, [num_experts] float32."""
         self.by_routing = False
+        self.recording = False
+        """Whether a forward pass is left in `recorded`."""
+        self.recorded: Recorded | None = None
+        self.offset: Tensor | None = None
+        """Added to the outputs, [T, H]."""
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weights["down_proj"].shape[1]
 
     def watch_(self, *projections: str, by_routing: bool = False) -> None:
         """Start new moments for the inputs of these projections; those of the others are not gathered.
@@ -96,7 +118,37 @@ class ObservedBank(nn.Module):
     ) -> Tensor:
         observe = self._observe if self.moments else None
         of_expert = stacked_experts(*([named[name] for name in PROJECTIONS] for named in (self.weights, self.biases)))
-        return run_bank(hidden_states, top_k_index, top_k_weights, self.num_experts, of_expert, self.gating, observe)
+        if self.recording:
+            return self._record(hidden_states, top_k_index, top_k_weights, of_expert, observe)
+        output = run_bank(
+            hidden_states, top_k_index, top_k_weights, self.num_experts, of_expert, self.gating, observe
+        )
+        return output if self.offset is None else output + self.offset.view_as(output).to(output.dtype)
+
+    def _record(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None,
+        top_k_weights: Tensor | None,
+        of_expert: Callable[[int], ExpertWeights],
+        observe: Observer | None,
+    ) -> Tensor:
+        tokens = hidden_states.flatten(0, -2)
+        if top_k_index is None or top_k_weights is None:
+            top_k_index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
+            top_k_weights = torch.ones(len(tokens), 1, device=tokens.device)
+        down_inputs: list[tuple[int, Tensor]] = []
+
+        def note(expert: int, gate_up: Tensor, down: Tensor, outputs: Tensor, routing: Tensor) -> None:
+            down_inputs.append((expert, down))
+            if observe is not None:
+                observe(expert, gate_up, down, outputs, routing)
+
+        output = run_bank(tokens, top_k_index, top_k_weights, self.num_experts, of_expert, self.gating, note)
+        if self.offset is not None:
+            output = output + self.offset.to(output.dtype)
+        self.recorded = Recorded(tokens, output, top_k_index, top_k_weights, down_inputs)
+        return output.view(hidden_states.shape)
 
     def _observe(
         self, expert: int, gate_up_inputs: Tensor, down_inputs: Tensor, outputs: Tensor, routing_weights: Tensor
@@ -127,6 +179,9 @@ class InMemory:
         pass
 
 
+AfterBatch = Callable[[slice, Tensor], None]
+
+
 class LayerRunner:
     """A decoder layer as a function of the activations of all windows, of which each rank runs its share.
 
@@ -151,25 +206,30 @@ class LayerRunner:
         self.store = store or InMemory()
         self.ranks = ranks
 
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        """[windows, tokens, hidden_size] on the CPU -> the layer's output, the same shape and dtype, on the CPU."""
+    def __call__(self, hidden_states: Tensor, after: AfterBatch | None = None) -> Tensor:
+        """[windows, tokens, hidden_size] on the CPU -> the layer's output, the same shape and dtype, on the CPU.
+
+        after: called behind each batch with its windows and its outputs, [windows, tokens, hidden_size] on `device`.
+        """
         outputs = self.store.empty_like(hidden_states)
-        self._run(hidden_states, outputs)
+        self._run(hidden_states, outputs, after)
         self.ranks.wait()
         return outputs
 
-    def watch(self, hidden_states: Tensor) -> None:
+    def watch(self, hidden_states: Tensor, after: AfterBatch | None = None) -> None:
         """The same for what the layer's observed banks see of it alone."""
-        self._run(hidden_states, None)
+        self._run(hidden_states, None, after)
 
     @torch.no_grad()
-    def _run(self, hidden_states: Tensor, outputs: Tensor | None) -> None:
+    def _run(self, hidden_states: Tensor, outputs: Tensor | None, after: AfterBatch | None) -> None:
         batches = range(0, len(hidden_states), self.batch_size)
         for start in (batches[number] for number in self.ranks.share(len(batches))):
             part = slice(start, start + self.batch_size)
             found = self.batch(hidden_states[part])
             if outputs is not None:
                 outputs[part] = found.cpu()
+            if after is not None:
+                after(part, found)
 
     def batch(self, hidden_states: Tensor) -> Tensor:
         """Output for a batch of at most `batch_size` windows, on `device`; differentiable."""
@@ -207,6 +267,30 @@ def run_and_watch(
         module.watch_(*projections, by_routing=by_routing)
     outputs = run(hidden_states)
     return outputs, _moments(run.ranks, observed)
+
+
+def run_and_keep(
+    run: LayerRunner,
+    hidden_states: Tensor,
+    observed: Mapping[ExpertBank, ObservedBank],
+    projections: tuple[str, ...],
+    *,
+    by_routing: bool,
+) -> tuple[Tensor, dict[ExpertBank, dict[str, InputMoments]], dict[ExpertBank, Tensor]]:
+    """As `run_and_watch`, and the inputs of each bank for all windows, of the shape of `hidden_states`."""
+    kept = {bank: run.store.empty_like(hidden_states) for bank in observed}
+
+    def keep(part: slice, outputs: Tensor) -> None:
+        for bank, module in observed.items():
+            kept[bank][part] = module.recorded.inputs.view_as(outputs).cpu()
+
+    for module in observed.values():
+        module.watch_(*projections, by_routing=by_routing)
+        module.recording = True
+    outputs = run(hidden_states, keep)
+    for module in observed.values():
+        module.recording, module.recorded = False, None
+    return outputs, _moments(run.ranks, observed), kept
 
 
 def watch_inputs(

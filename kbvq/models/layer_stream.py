@@ -216,7 +216,7 @@ class LayerStream:
             self.model.base_model(input_ids=input_ids, use_cache=False)
         except _LayersPassed:
             pass
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, IndexError) as error:
             raise UnsupportedModelError(
                 f"{self.config.model_type}: its decoder layers hand on more than hidden states, or its forward needs "
                 f"more than token ids ({error}); kbvq runs layers on the hidden states alone"

@@ -201,11 +201,6 @@ def _read_interface(module: Any) -> Experts:
         if not all(isinstance(bias, Tensor) for bias in stored):
             raise UnsupportedModelError(f"it lacks the parameters {first}_bias and down_proj_bias")
         biases = {"gate_up_proj": stored[0].detach(), "down_proj": stored[1].detach()}
-    if apply_gate is not _default_apply_gate and not hasattr(module, "is_concatenated"):
-        raise UnsupportedModelError(
-            "it has a gate function of its own, and this version of transformers does not say whether its gate and up "
-            "rows are interleaved; upgrade transformers"
-        )
     interleaved = has_gate and not getattr(module, "is_concatenated", True)
     if interleaved:
         gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], 1)

@@ -9,9 +9,18 @@ from torch import Tensor, nn
 
 from kbvq.errors import NumericalError
 from kbvq.method.projection import quantize_projection, report_projection
-from kbvq.models.calibration import LayerRunner, ObservedBank, observe_banks, run_and_watch, watch_inputs
+from kbvq.method.target_weights import Goal, goal_of
+from kbvq.models.calibration import (
+    LayerRunner,
+    ObservedBank,
+    observe_banks,
+    run_and_keep,
+    run_and_watch,
+    watch_inputs,
+)
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.quantization.block_tuning import tune_banks
+from kbvq.quantization.matching import match_inputs, match_outputs, token_weights
 from kbvq.recipes import Recipe
 from kbvq.structures import PROJECTIONS, BankFormat, InputMoments, PackedBank, PackedProjection
 
@@ -47,7 +56,10 @@ def quantize_layer(
     """
     observed = observe_banks(layer, layer_path, banks)
     same_inputs, inputs, by_routing = student is teacher, student, recipe.routing_weighted
-    teacher, teacher_moments = run_and_watch(run, teacher, observed, PROJECTIONS, by_routing=by_routing)
+    # What stands between a layer's activations and experts of another width has no place in the sums.
+    matching = recipe.matching and all(module.hidden_size == inputs.shape[-1] for module in observed.values())
+    watch = run_and_keep if matching else run_and_watch
+    teacher, teacher_moments, *kept = watch(run, teacher, observed, PROJECTIONS, by_routing=by_routing)
     if not banks:
         return LayerResult([], teacher, teacher if same_inputs else run(inputs), [])
     if recipe.error_feedback:
@@ -57,12 +69,28 @@ def quantize_layer(
     packed: dict[ExpertBank, dict[str, PackedProjection]] = {bank: {} for bank in banks}
     seen: dict[ExpertBank, dict[str, InputMoments]] = {bank: {} for bank in banks}
     original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
+    goals: dict[ExpertBank, dict[str, Goal]] = {bank: {} for bank in banks}
+    weights = token_weights(teacher) if matching else None
     for order, projection in enumerate(PROJECTIONS):
-        moments = teacher_moments
-        if order > 0 or not same_inputs:
-            moments = watch_inputs(run, inputs, observed, (projection,), by_routing=by_routing)
+        if order == 0 and same_inputs:
+            for bank in banks:
+                seen[bank][projection] = teacher_moments[bank][projection]
+        elif weights is None:
+            for bank, moments in watch_inputs(run, inputs, observed, (projection,), by_routing=by_routing).items():
+                seen[bank] |= moments
+        else:
+            if order == 0:
+                matched = match_inputs(run, inputs, kept[0], weights, observed, by_routing=by_routing)
+            else:
+                matched = match_outputs(
+                    run, inputs, kept[0], teacher, weights, observed, original, by_routing=by_routing
+                )
+            for bank, (moments, sums) in matched.items():
+                seen[bank][projection] = moments
+                own = original[bank][projection]
+                targets = sums.mapped(own) if order == 0 else sums
+                goals[bank][projection] = goal_of(own, targets, moments, recipe.prior_tokens)
         for place, (bank, module) in enumerate(observed.items()):
-            seen[bank][projection] = moments[bank][projection]
             try:
                 packed[bank][projection] = quantize_projection(
                     original[bank][projection],
@@ -72,6 +100,7 @@ def quantize_layer(
                     recipe,
                     seed=_seed(seed, bank, place, order),
                     bias=module.original_biases.get(projection),
+                    goal=goals[bank].get(projection),
                 )
             except NumericalError as error:
                 raise NumericalError(f"{bank.path}.{projection}: {error}") from error
@@ -79,7 +108,8 @@ def quantize_layer(
     if recipe.tuning_steps:
         packed = _tune(observed, packed, seen, run, inputs, teacher, recipe, seed=_seed(seed, next(iter(banks)), 0, 0))
     student, _ = run_and_watch(run, inputs, observed, (), by_routing=by_routing)
-    reports = [_report(bank, original[bank], packed[bank], seen[bank], recipe) for bank in banks]
+    coded = {bank: original[bank] | {name: goal.weights for name, goal in goals[bank].items()} for bank in banks}
+    reports = [_report(bank, coded[bank], packed[bank], seen[bank], recipe) for bank in banks]
     on_cpu = {bank: {name: p.to("cpu") for name, p in projections.items()} for bank, projections in packed.items()}
     return LayerResult([PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks], teacher, student, reports)
 

@@ -30,6 +30,10 @@ TOKENS_PER_BATCH = 8192
 PROBE_BYTES = 1 << 29
 """Memory for the disturbed activations from which the sensitivities are measured."""
 
+PROBE_SHARE = 0.25
+"""Most of a run's forward passes that may go into disturbed activations: there are as many of them as projections, and
+each walks through all layers behind its own."""
+
 _PROGRAM = 560 << 20  # what Python, torch and transformers take (eval/memory_benchmark.py, with threads and buffers)
 _CODED_WIDTH = 256  # of the projection on which the time of coding is measured
 _READ_RATE = 1e9  # bytes per second of a disk, assumed
@@ -122,8 +126,9 @@ def make_plan(
         disk=Amount(
             {
                 "output": output,
-                # Both sets of activations before a layer and behind it; in the first pass one and the embeddings.
-                "activations": 4 * activations,
+                # Both sets of activations before a layer and behind it, and the inputs that a bank is matched to; in
+                # the first pass one and the embeddings.
+                "activations": (5 if recipe.matching else 4) * activations,
                 "disturbed activations": 2 * disturbed_bytes(stream, samples, sequence_length) if recipe.budget else 0,
                 "banks until they are tuned": packed if recipe.distillation_steps else 0,
             }
@@ -133,9 +138,13 @@ def make_plan(
 
 
 def probed_windows(stream: LayerStream, samples: int, sequence_length: int) -> int:
-    """Windows whose disturbed activations are kept for every projection: as many as fit, and one at least."""
-    per_window = _disturbed_bytes_per_window(stream, sequence_length)
-    return max(1, min(max(1, TOKENS_PER_BATCH // sequence_length), samples, PROBE_BYTES // per_window))
+    """Windows whose disturbed activations are kept for every projection: as many as fit and are worth their time, and
+    one at least."""
+    in_memory = PROBE_BYTES // _disturbed_bytes_per_window(stream, sequence_length)
+    # A window is walked through each layer about four times, and disturbed at two rates by two projections of each bank
+    # through half of the layers.
+    in_time = int(PROBE_SHARE * samples * 4 / (4 * len(stream.banks) / 2))
+    return max(1, min(TOKENS_PER_BATCH // sequence_length, samples, in_memory, in_time))
 
 
 def disturbed_bytes(stream: LayerStream, samples: int, sequence_length: int) -> int:
@@ -165,8 +174,8 @@ def peak_memory_bytes(stream: LayerStream, recipe: Recipe, *, samples: int, sequ
             "program": _PROGRAM,
             # As read, and once more with the intermediate channels of each expert in order, and as decoded.
             "layer": size * (sizes[index] + 2 * weights),
-            # The teacher's and the student's.
-            "statistics": 2 * sum(moments.values()),
+            # The teacher's and the student's; with matching, the sums that pair them, and the weights to be coded.
+            "statistics": (3 if recipe.matching else 2) * sum(moments.values()) + 4 * weights * recipe.matching,
             "coding": at_work,
             "batch": TOKENS_PER_BATCH * 4 * (4 * hidden + 2 * widest),
         }
@@ -302,7 +311,8 @@ def _seconds(stream: LayerStream, recipe: Recipe, tokens: int) -> dict[str, floa
         moments += 2 * used * (bank.hidden_size**2 + bank.intermediate_size**2)
     forward += 2 * dense
     passes = 4 if recipe.error_feedback or recipe.bcos else 3  # teacher, student before gate/up, before down, behind
-    watched = 1.5  # the teacher's moments, and the student's of each projection: once more
+    passes += recipe.matching  # the experts of the original on the inputs of the student's tokens
+    watched = 2.0 if recipe.matching else 1.5  # the teacher's moments, and the student's of each projection: once more
     seconds = {"preparing": _READS / 2 * stream.source_bytes / _READ_RATE}
     reading = stream.source_bytes / _READ_RATE
     if recipe.budget:
