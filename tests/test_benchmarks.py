@@ -73,3 +73,18 @@ def test_decoder_speed_states_both_sizes(tmp_path):
         assert (larger["hidden_units"], smaller["hidden_units"]) == (theirs["hidden_units"], ours["hidden_units"])
         assert all(speed > 0 for speed in ours["vectors_per_second"].values())
     assert "bytes, RQ-MoE over QINCo, 16 against 16 units: " in output.with_suffix(".md").read_text()
+
+
+def test_coding_time_is_split_into_stages(tmp_path):
+    output = tmp_path / "speed.json"
+    command = [sys.executable, ROOT / "eval" / "speed_benchmark.py", "--models", "Qwen3-30B-A3B", "--recipes", "fast"]
+    small = ["--width-divisor", "16", "--experts", "1", "--tokens", "64"]
+    subprocess.run([*command, *small, "--output", output], check=True, capture_output=True)
+    (row,) = json.loads(output.read_text())["rows"]
+    seconds = row["seconds"]
+    coding = sum(seconds[stage] for stage in ("column scales", "tables", "factors", "codes", "output correction"))
+    assert min(seconds.values()) >= 0 and seconds["codes"] > 0
+    weights = 128 * 3 * 128 * 48
+    assert row["coding"] * weights > 0.999999e6 * coding  # with what is in none of the stages
+    assert abs(row["hours"] * 3600 / (sum(seconds.values()) * 48) - 1) < 1e-9
+    assert "| Qwen3-30B-A3B | fast |" in output.with_suffix(".md").read_text()

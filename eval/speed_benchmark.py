@@ -1,0 +1,244 @@
+"""CPU time of quantizing one decoder layer at the widths of real models, by stage: `python eval/speed_benchmark.py`.
+
+Random weights and inputs, both with heavy-tailed channels, of a few experts of each bank; what grows with the experts
+is scaled to all of them. Every stage runs on one core and is measured in CPU time, so that another process beside it
+disturbs less. Projections have no shared basis. Of each projection a layer runs: the probe's pass, the teacher's, and
+the student's three (planning, layer_quantization); three of them gather its moments. Attention, files and the network's
+other parts are not in it, nor what a recipe tunes end to end. --plain: the searches in torch, as without a C++
+compiler. Writes coding_speed.json and coding_speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kbvq.method import projection, vector_quantization
+from kbvq.models.expert_forward import run_experts, stacked_experts
+from kbvq.recipes import Recipe, make_recipe
+from kbvq.structures import InputMoments
+from kbvq_kernels import encode
+
+ROOT = Path(__file__).resolve().parent.parent
+CALIBRATION = 128 * 2048  # tokens
+FORWARD_PASSES = 5
+MOMENT_PASSES = 3
+STAGES = {
+    "column scales": (projection, "column_scales"),
+    "tables": (vector_quantization, "_fit_codebook"),
+    "factors": (vector_quantization, "_factor"),
+    "codes": (vector_quantization, "encode_with_feedback"),
+    "output correction": (projection, "_correct_outputs"),
+}
+PER_BANK = {"tables"}
+"""Does not grow with the experts: k-means draws a subset of all vectors."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A bank of a model; tokens: routed to each expert, of the calibration text."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    tokens: int
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) by name."""
+        return {
+            "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+
+MODELS: dict[str, tuple[int, list[Bank]]] = {
+    "Qwen3-30B-A3B": (48, [Bank("routed", 2048, 768, 128, CALIBRATION * 8 // 128)]),
+    "Qwen1.5-MoE-A2.7B": (
+        24,
+        [Bank("routed", 2048, 1408, 60, CALIBRATION * 4 // 60), Bank("shared", 2048, 5632, 1, CALIBRATION)],
+    ),
+    "Mixtral-8x7B": (32, [Bank("routed", 4096, 14336, 8, CALIBRATION * 2 // 8)]),
+}
+"""Decoder layers and the banks of one, from the models' configurations."""
+
+
+@contextmanager
+def stage_times(times: dict[str, float]) -> Iterator[None]:
+    """Adds the CPU seconds spent in each of STAGES while it is open; no stage runs within another but factors."""
+    originals = {name: getattr(module, function) for name, (module, function) in STAGES.items()}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def run(*arguments: object, **options: object) -> object:
+            nested, start = times["factors"], time.process_time()
+            result = function(*arguments, **options)
+            times[name] += time.process_time() - start
+            if name != "factors":
+                times[name] -= times["factors"] - nested
+            return result
+
+        return run
+
+    for name, (module, function) in STAGES.items():
+        setattr(module, function, timed(name, originals[name]))
+    try:
+        yield
+    finally:
+        for name, (module, function) in STAGES.items():
+            setattr(module, function, originals[name])
+
+
+def heavy_tailed(*shape: int, generator: torch.Generator) -> Tensor:
+    """Unit-Gaussian values times a log-normal factor for each of the last dimension's channels."""
+    return torch.randn(shape, generator=generator) * torch.randn(shape[-1], generator=generator).exp()
+
+
+def input_moments(experts: int, in_features: int, tokens: int, seconds: dict[str, float]) -> InputMoments:
+    generator = torch.Generator().manual_seed(in_features)
+    moments = InputMoments.zeros(experts, in_features)
+    routing_weights = torch.rand(tokens, generator=generator)
+    mixing = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
+    for expert in range(experts):
+        inputs = heavy_tailed(tokens, in_features, generator=generator) @ mixing
+        start = time.process_time()
+        moments.add_(expert, inputs, routing_weights, by_routing=True)
+        seconds["moments"] += time.process_time() - start
+    return moments
+
+
+def forward_time(bank: Bank, experts: int, tokens: int) -> tuple[float, float]:
+    """CPU seconds of a pass of so many tokens through each of so many experts, and of its matrix products alone."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [heavy_tailed(experts, *shape, generator=generator) for shape in bank.projections().values()]
+    hidden = torch.randn(experts * tokens, bank.hidden_size, generator=generator)
+    index = torch.arange(experts * tokens)[:, None] % experts
+    of_expert = stacked_experts(weights, [None, None])
+    start = time.process_time()
+    run_experts(
+        hidden, index, torch.ones(index.shape), num_experts=experts, expert_weights=of_expert, activation=F.silu
+    )
+    whole = time.process_time() - start
+    inputs = [torch.randn(tokens, weight.shape[-1], generator=generator) for weight in weights]
+    start = time.process_time()
+    for expert in range(experts):
+        for weight, of_projection in zip(weights, inputs, strict=True):
+            F.linear(of_projection, weight[expert])
+    return whole, time.process_time() - start
+
+
+def measure_bank(bank: Bank, recipe: Recipe, bits: int, experts: int, tokens: int) -> dict[str, float]:
+    """CPU seconds by stage for the bank, all experts and the whole calibration text."""
+    experts = min(experts, bank.num_experts)
+    seconds: dict[str, float] = defaultdict(float)
+    share = bank.tokens / tokens
+    forward, products = forward_time(bank, experts, tokens)
+    for name, (out_features, in_features) in bank.projections().items():
+        of_moments: dict[str, float] = defaultdict(float)
+        moments = input_moments(experts, in_features, tokens, of_moments)
+        seconds["moments"] += MOMENT_PASSES * share * of_moments["moments"]
+        generator = torch.Generator().manual_seed(2)
+        weights = 0.02 * heavy_tailed(experts, out_features, in_features, generator=generator)
+        format = recipe.projection_format(experts, out_features, in_features, bits=bits, rank=0, bias=True)
+        start = time.process_time()
+        with stage_times(seconds):
+            packed = projection.quantize_projection(weights, moments, moments, format, recipe, seed=0)
+        seconds["quantize"] += time.process_time() - start
+        start = time.process_time()
+        report = projection.report_projection(weights, packed, moments, prior_tokens=recipe.prior_tokens)
+        seconds["report"] += time.process_time() - start
+        print(f"  {bank.name} {name}: relative error {report.relative_error:.4f}", flush=True)
+    seconds["other"] = seconds.pop("quantize") - sum(seconds[stage] for stage in STAGES)
+    scale = bank.num_experts / experts
+    seconds = {stage: value * (1 if stage in PER_BANK else scale) for stage, value in seconds.items()}
+    passes = FORWARD_PASSES * share * scale
+    return seconds | {"forward": passes * forward, "forward, products alone": passes * products}
+
+
+def table(results: list[dict]) -> list[str]:
+    stages = [*STAGES, "other", "report", "moments", "forward"]
+    lines = [f"| model | recipe | {' | '.join(stages)} | coding, µs a weight | forward, share of products | model, h |"]
+    lines.append("|---|---|" + "---|" * (len(stages) + 3))
+    for row in results:
+        cells = [f"{row['seconds'][stage]:.1f}" for stage in stages]
+        cells += [f"{row['coding']:.2f}", f"{row['products_share']:.2f}", f"{row['hours']:.1f}"]
+        lines.append(f"| {row['model']} | {row['recipe']} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[name for name in MODELS if name[0] == "Q"])
+    parser.add_argument("--recipes", nargs="+", default=["fast", "default"])
+    parser.add_argument("--bits", type=int, default=2, help="code bits of every projection")
+    parser.add_argument("--experts", type=int, default=4, help="of each bank, scaled to all")
+    parser.add_argument("--tokens", type=int, default=1024, help="for each expert, scaled to the calibration text")
+    parser.add_argument("--plain", action="store_true", help="searches in torch instead of the compiled ones")
+    parser.add_argument("--width-divisor", type=int, default=1, help="narrower banks, to try the script")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "coding_speed.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.plain:
+        encode.trellis_library = encode.feedback_library = lambda: None
+    results = []
+    for model in options.models:
+        layers, banks = MODELS[model]
+        for name in options.recipes:
+            print(f"{model} {name}", flush=True)
+            recipe = make_recipe(name, options.bits)
+            totals: dict[str, float] = defaultdict(float)
+            weights = 0
+            for bank in banks:
+                narrow = options.width_divisor
+                bank = Bank(
+                    bank.name,
+                    bank.hidden_size // narrow,
+                    bank.intermediate_size // narrow,
+                    bank.num_experts,
+                    bank.tokens,
+                )
+                for stage, value in measure_bank(bank, recipe, options.bits, options.experts, options.tokens).items():
+                    totals[stage] += value
+                weights += bank.num_experts * 3 * bank.hidden_size * bank.intermediate_size
+            products = totals.pop("forward, products alone")
+            coding = sum(totals[stage] for stage in (*STAGES, "other"))
+            results.append(
+                {
+                    "model": model,
+                    "recipe": name,
+                    "seconds": dict(totals),
+                    "coding": 1e6 * coding / weights,
+                    "products_share": products / totals["forward"],
+                    "hours": layers * sum(totals.values()) / 3600,
+                }
+            )
+    lines = [
+        f"CPU seconds for one decoder layer's experts on one core of a {platform.machine()} machine of "
+        f"{os.cpu_count()} cores (load {os.getloadavg()[0]:.0f} at the end), {options.bits} code bits, calibration of "
+        f"{CALIBRATION} tokens; {options.experts} experts and {options.tokens} tokens measured and scaled; searches "
+        f"{'in torch' if options.plain else 'compiled'}.",
+        "",
+        *table(results),
+        "",
+        f"Made by `python eval/speed_benchmark.py`, torch {torch.__version__}. coding: all but report, moments and "
+        f"forward. forward: {FORWARD_PASSES} passes, moments in {MOMENT_PASSES}. model: all decoder layers' experts, "
+        "core-hours.",
+    ]
+    options.output.write_text(json.dumps({"settings": vars(options) | {"output": None}, "rows": results}, indent=1))
+    options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
