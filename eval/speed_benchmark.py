@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kbvq.method import projection, vector_quantization
-from kbvq.models.expert_forward import run_experts, stacked_experts
+from kbvq.models.expert_forward import gated, run_experts, stacked_experts
 from kbvq.recipes import Recipe, make_recipe
 from kbvq.structures import InputMoments
 from kbvq_kernels import encode
@@ -127,7 +127,7 @@ def forward_time(bank: Bank, experts: int, tokens: int) -> tuple[float, float]:
     of_expert = stacked_experts(weights, [None, None])
     start = time.process_time()
     run_experts(
-        hidden, index, torch.ones(index.shape), num_experts=experts, expert_weights=of_expert, activation=F.silu
+        hidden, index, torch.ones(index.shape), num_experts=experts, expert_weights=of_expert, gating=gated(F.silu)
     )
     whole = time.process_time() - start
     inputs = [torch.randn(tokens, weight.shape[-1], generator=generator) for weight in weights]

@@ -51,6 +51,11 @@ def _quantiles() -> tuple[float, ...]:
     return tuple(NormalDist().inv_cdf((4 * j + 1) / 1022) for j in range(256))
 
 
+@cache
+def _codewords(bits: int, state_bits: int) -> Tensor:
+    return levels()[(torch.arange(1 << state_bits) * MULTIPLIERS[bits] & 0xFFFFFFFF) >> 24]
+
+
 @dataclass(frozen=True)
 class TrellisCode:
     """A code of `bits` bits per value with 2^`state_bits` states.
@@ -77,8 +82,7 @@ class TrellisCode:
 
     def codewords(self) -> Tensor:
         """The value of every state, [2^state_bits] float32."""
-        states = torch.arange(1 << self.state_bits)
-        return levels()[(states * MULTIPLIERS[self.bits] & 0xFFFFFFFF) >> 24]
+        return _codewords(self.bits, self.state_bits).clone()
 
     def scratch(self, num_sequences: int, length: int, device: torch.device | str = "cpu") -> Tensor:
         """Working memory of `encode` for values [num_sequences, length]: 1-D float32, at most 256 MiB (GPU: 2 GiB) or
