@@ -44,6 +44,8 @@ def peaks(*arguments: str) -> dict[str, int]:
     path = os.pathsep.join(str(ROOT / name) for name in (".", "eval", "kernels"))
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", _PROBE, *arguments], capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise SystemExit(run.stderr)
     result = json.loads(run.stdout.splitlines()[-1])
     if result["status"]:
         raise SystemExit(run.stderr)
