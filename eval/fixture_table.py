@@ -77,7 +77,6 @@ def rows(group: int) -> list[Row]:
         Row("best", "best", {}, equal),
         Row("default, all rates alike", "default", UNIFORM),
         Row("default, same bits by budget", "default", {}, uniform),
-        Row("default, trellis", "default", {"codebook": "trellis"}, equal),
         Row("default, rq", "default", {"codebook": "rq", "refits": 2}, equal),
         Row("default, rq-moe", "default", {"codebook": "rq-moe", "refits": 2}, equal),
     ]

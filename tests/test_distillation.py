@@ -22,7 +22,7 @@ def divergence(original, folder):
 def test_distillation_lowers_the_divergence_and_changes_only_what_is_continuous(tmp_path, text):
     """A family with shared experts, a plain codebook; unseen random words."""
     original = save_tiny_model(tmp_path / "model", "qwen2_moe")
-    recipe = make_recipe("default", 2, budget=False, refits=1, kmeans_iterations=5)
+    recipe = make_recipe("fast", 2, budget=False, kmeans_iterations=5)
     distilled = dataclasses.replace(recipe, distillation_steps=40, distillation_rate=1e-2)
     records = {
         name: quantize(tmp_path / "model", tmp_path / name, text, chosen, samples=64)

@@ -26,20 +26,22 @@ def packed_fixture(trained_model, data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
-def test_greedy_generation_is_that_of_the_plain_torch_path(packed_fixture, dtype, tolerance):
-    """Same logits within the rounding of the dtype (bfloat16: 2⁻⁸ of logits up to 20, through four layers), and in
-    float32 the same tokens."""
-    kernels = AutoModelForCausalLM.from_pretrained(packed_fixture, dtype=dtype)
-    plain = without_kernels(AutoModelForCausalLM.from_pretrained(packed_fixture, dtype=dtype))
+def test_greedy_generation_is_that_of_the_plain_torch_path(packed_fixture):
+    """Same logits and the same tokens in float32. In bfloat16 both round, each in its own places, and a router may then
+    choose another expert: the kernels must be as near to the logits in float32 as plain torch in bfloat16 is."""
+    kernels = AutoModelForCausalLM.from_pretrained(packed_fixture, dtype=torch.float32)
+    plain = without_kernels(AutoModelForCausalLM.from_pretrained(packed_fixture, dtype=torch.float32))
     prompts = torch.randint(2, 4096, (3, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(
-            kernels(prompts).logits.float(), plain(prompts).logits.float(), rtol=tolerance, atol=tolerance
-        )
-    if dtype == torch.float32:
-        options = {"max_new_tokens": 24, "do_sample": False}
-        assert torch.equal(kernels.generate(prompts, **options), plain.generate(prompts, **options))
+        exact = plain(prompts).logits
+        torch.testing.assert_close(kernels(prompts).logits, exact, rtol=1e-4, atol=1e-4)
+        rounded = [AutoModelForCausalLM.from_pretrained(packed_fixture, dtype=torch.bfloat16) for _ in range(2)]
+        errors = [
+            (model(prompts).logits.float() - exact).abs().mean() for model in (rounded[0], without_kernels(rounded[1]))
+        ]
+    assert 0 < errors[0] < 1.25 * errors[1]
+    options = {"max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(kernels.generate(prompts, **options), plain.generate(prompts, **options))
 
 
 def test_inputs_that_need_a_gradient_get_one(packed_fixture):

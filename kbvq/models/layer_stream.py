@@ -217,6 +217,8 @@ class LayerStream:
         except _LayersPassed:
             pass
         except (ValueError, TypeError, IndexError) as error:
+            if int(input_ids.max()) >= self.text_config.vocab_size:  # not the model's fault
+                raise
             raise UnsupportedModelError(
                 f"{self.config.model_type}: its decoder layers hand on more than hidden states, or its forward needs "
                 f"more than token ids ({error}); kbvq runs layers on the hidden states alone"
