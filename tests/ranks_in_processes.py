@@ -28,7 +28,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(folder: Path, name: str, count: int, lost_at: int | None = None) -> list[int]:
+def run(folder: Path, name: str, count: int, lost_at: int | None = None, *, matching: bool = False) -> list[int]:
     """Quantize on `count` ranks; exit status of each. lost_at: the layer at which SIGKILL ends the last rank."""
     port, children = str(free_port()), []
     for rank in range(count):
@@ -40,7 +40,7 @@ def run(folder: Path, name: str, count: int, lost_at: int | None = None) -> list
                 os.environ |= place
                 if lost_at is not None and rank == count - 1:
                     lose_at(lost_at)
-                recipe = make_recipe("fast", 3.5, kmeans_iterations=2)
+                recipe = make_recipe("fast", 3.5, kmeans_iterations=2, matching=matching)
                 quantize(folder / "model", folder / name, folder / "text.txt", recipe)
                 status = 0
             except KbvqError as error:
@@ -70,6 +70,7 @@ def main() -> None:
     write_text(folder / "text.txt")
     pipeline.TOKENS_PER_BATCH = 128  # six batches, which the ranks share
     ended = {f"on-{count}": run(folder, f"on-{count}", count) for count in map(int, sys.argv[2:])}
+    ended |= {f"matched-{count}": run(folder, f"matched-{count}", count, matching=True) for count in (1, 2)}
     ended["lost"] = run(folder, "lost", 2, lost_at=1)
     kept = (folder / "lost.partial" / "state.json").exists()
     ended["resumed"] = run(folder, "lost", 4)

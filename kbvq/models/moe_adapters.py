@@ -197,10 +197,10 @@ def _read_interface(module: Any) -> Experts:
         gate_up, down = gate_up.mT, down.mT
     biases = {}
     if getattr(module, "has_bias", False):
-        stored = [getattr(module, f"{name}_bias", None) for name in (first, "down_proj")]
-        if not all(isinstance(bias, Tensor) for bias in stored):
+        first_bias, down_bias = (getattr(module, f"{name}_bias", None) for name in (first, "down_proj"))
+        if not isinstance(first_bias, Tensor) or not isinstance(down_bias, Tensor):
             raise UnsupportedModelError(f"it lacks the parameters {first}_bias and down_proj_bias")
-        biases = {"gate_up_proj": stored[0].detach(), "down_proj": stored[1].detach()}
+        biases = {"gate_up_proj": first_bias.detach(), "down_proj": down_bias.detach()}
     interleaved = has_gate and not getattr(module, "is_concatenated", True)
     if interleaved:
         gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], 1)

@@ -27,7 +27,7 @@ TEMPORARY = ".writing"
 _BLOCK = 1 << 20
 
 
-def write_file(path: Path, content: Callable[[BinaryIO], None]) -> None:
+def write_file(path: Path, content: Callable[[BinaryIO], object]) -> None:
     """Put what `content` writes under `path`; raises CheckpointError, naming it, when the disk is full or fails."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -72,7 +72,7 @@ def copy_file(source: Path, path: Path) -> None:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """JSON with sorted keys, so that equal data give equal files. Raises as `write_file`."""
     text = json.dumps(data, indent=2, sort_keys=True) + "\n"
-    write_file(path, lambda stream: stream.write(text.encode()))  # type: ignore[func-returns-value]
+    write_file(path, lambda stream: stream.write(text.encode()))
 
 
 def read_json(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
