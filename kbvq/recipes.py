@@ -48,6 +48,10 @@ BUDGET_RANKS = (0, 2, 4, 8, 16)
 MAX_FACTOR_BITS = 0.1
 """Ranks of the shared basis that a budget chooses from, as long as the factors cost at most so many bits per weight."""
 
+MAX_BASIS_WIDTH = 4096
+"""Widest inputs for which a budget considers a shared basis: its eigenvalue problems grow with the cube of the width and
+take longer than all the rest of the quantization beyond."""
+
 NUM_GROUPS = 8
 """Groups of the codewords of stage 0 of rq-moe: its tables then take at most 34 KiB at 2 bits."""
 
@@ -137,7 +141,8 @@ class Recipe:
         if not self.idre:
             return (0,)
         if self.budget:
-            return tuple(rank for rank in BUDGET_RANKS if rank < in_features)
+            affordable = BUDGET_RANKS if in_features <= MAX_BASIS_WIDTH else (0,)
+            return tuple(rank for rank in affordable if rank < in_features)
         return (max(1, in_features // self.rank_divisor),)
 
     def projection_format(

@@ -97,10 +97,12 @@ def test_measured_plan_beats_equal_rates_at_equal_bits(stream, tmp_path):
 
 
 def test_ranks_dear_at_that_width_are_left_out_and_unserved_activations_refused(stream):
-    wide = [dataclasses.replace(bank, intermediate_size=14336) for bank in stream.banks[:1]]
+    wide = [dataclasses.replace(bank, intermediate_size=4096) for bank in stream.banks[:1]]
     recipe = make_recipe("default", 2, idre=True)
     largest = check_budget(wide, recipe)
     assert largest[0].down_proj.rank == 16
+    wider = [dataclasses.replace(bank, intermediate_size=14336) for bank in wide]
+    assert check_budget(wider, recipe)[0].down_proj.rank == 0  # the basis would take longer than all the rest
     assert largest[0].gate_up_proj.rank == 2  # at width 256 a rank costs .03 bit, so four would cost more than .1
     with pytest.raises(ConfigError, match="model.layers.0.mlp.experts: the kernels cannot serve it: .*swish7"):
         check_budget([dataclasses.replace(bank, activation="swish7") for bank in wide], recipe)
