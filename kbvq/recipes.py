@@ -49,8 +49,8 @@ MAX_FACTOR_BITS = 0.1
 """Ranks of the shared basis that a budget chooses from, as long as the factors cost at most so many bits per weight."""
 
 MAX_BASIS_WIDTH = 4096
-"""Widest inputs for which a budget considers a shared basis: its eigenvalue problems grow with the cube of the width and
-take longer than all the rest of the quantization beyond."""
+"""Widest inputs for which a budget considers a shared basis: its eigenvalue problems grow with the cube of the width
+and take longer than all the rest of the quantization beyond."""
 
 NUM_GROUPS = 8
 """Groups of the codewords of stage 0 of rq-moe: its tables then take at most 34 KiB at 2 bits."""
