@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import UnsupportedModelError
-from kbvq.models.expert_forward import ExpertWeights, Gating, Observer, run_bank, stacked_experts
+from kbvq.models.expert_forward import ExpertWeights, Gating, Observer, fill_routing, run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank, read_experts
 from kbvq.models.ranks import ONE, Ranks
 from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
@@ -24,8 +24,8 @@ from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
 
 @dataclass(frozen=True)
 class Recorded:
-    """One forward pass of a bank. inputs, outputs: [T, H]. top_k_index, top_k_weights: [T, k]; a shared expert's are
-    zeros and ones, k = 1. down_inputs: (expert, inputs of down_proj [n, I]) of every expert that had tokens."""
+    """One forward pass of a bank. inputs, outputs: [T, H]. top_k_index, top_k_weights: [T, k], filled in where
+    the call had none (`fill_routing`). down_inputs: (expert, inputs of down_proj [n, I]) of every expert that had tokens."""
 
     inputs: Tensor
     outputs: Tensor
@@ -134,9 +134,7 @@ class ObservedBank(nn.Module):
         observe: Observer | None,
     ) -> Tensor:
         tokens = hidden_states.flatten(0, -2)
-        if top_k_index is None or top_k_weights is None:
-            top_k_index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
-            top_k_weights = torch.ones(len(tokens), 1, device=tokens.device)
+        top_k_index, top_k_weights = fill_routing(tokens, top_k_index, top_k_weights, self.num_experts)
         down_inputs: list[tuple[int, Tensor]] = []
 
         def note(expert: int, gate_up: Tensor, down: Tensor, outputs: Tensor, routing: Tensor) -> None:
