@@ -120,9 +120,7 @@ class ObservedBank(nn.Module):
         of_expert = stacked_experts(*([named[name] for name in PROJECTIONS] for named in (self.weights, self.biases)))
         if self.recording:
             return self._record(hidden_states, top_k_index, top_k_weights, of_expert, observe)
-        output = run_bank(
-            hidden_states, top_k_index, top_k_weights, self.num_experts, of_expert, self.gating, observe
-        )
+        output = run_bank(hidden_states, top_k_index, top_k_weights, self.num_experts, of_expert, self.gating, observe)
         return output if self.offset is None else output + self.offset.view_as(output).to(output.dtype)
 
     def _record(
