@@ -24,8 +24,8 @@ from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
 
 @dataclass(frozen=True)
 class Recorded:
-    """One forward pass of a bank. inputs, outputs: [T, H]. top_k_index, top_k_weights: [T, k], filled in where
-    the call had none (`fill_routing`). down_inputs: (expert, inputs of down_proj [n, I]) of every expert that had tokens."""
+    """One forward pass of a bank. inputs, outputs: [T, H]. top_k_index, top_k_weights: [T, k], filled in where the call
+    had none (`fill_routing`). down_inputs: (expert, inputs of down_proj [n, I]) of every expert that had tokens."""
 
     inputs: Tensor
     outputs: Tensor
