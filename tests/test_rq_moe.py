@@ -218,7 +218,7 @@ def test_chunks_do_not_change_the_codes(monkeypatch: pytest.MonkeyPatch) -> None
     model, vectors = perturbed(untrained()), mixture(100, seed=9)
     codes = model.encode(vectors, beam=2)
     decoded = model.decode(codes)
-    monkeypatch.setitem(__import__("kbvq.codes.rq_moe").rq_moe._CHUNK_FLOATS, "cpu", 1 << 10)
+    monkeypatch.setitem(rq_moe._CHUNK_FLOATS, "cpu", 1 << 10)
     assert torch.equal(model.encode(vectors, beam=2), codes)
     torch.testing.assert_close(model.decode(codes), decoded)
 
