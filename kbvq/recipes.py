@@ -82,7 +82,8 @@ class Recipe:
     matching: code the weights that give the original's outputs on the quantized model's inputs, instead of the original
         ones, and take back what the residual stream lacks by then (target_weights, quantization.matching).
     tuning_steps: steps of Adam on each layer's output (block_tuning), 0 for none; tuning_rate: their learning rate.
-    distillation_steps, distillation_rate: the same for end-to-end tuning of the whole model (distillation).
+    distillation_steps, distillation_rate: the same for end-to-end tuning of the whole model (distillation); dense_rate:
+        that of the decoder layers' dense parameters there, 0 to leave them as they are.
     kmeans_iterations: Lloyd iterations per codebook (paper: 100).
     max_vectors_per_codeword: k-means trains on a random subset of that many vectors per codeword; None for all.
     prior_tokens: virtual tokens by which an expert's moments are shrunk toward the pooled ones.
@@ -111,6 +112,7 @@ class Recipe:
     tuning_rate: float = 5e-3
     distillation_steps: int = 0
     distillation_rate: float = 2e-3
+    dense_rate: float = 1e-3
     kmeans_iterations: int = 100
     max_vectors_per_codeword: int | None = None
     prior_tokens: float = 32.0

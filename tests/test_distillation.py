@@ -19,7 +19,7 @@ def divergence(original, folder):
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-def test_distillation_lowers_the_divergence_and_changes_only_what_is_continuous(tmp_path, text):
+def test_distillation_lowers_the_divergence_and_changes_neither_codes_nor_routers(tmp_path, text):
     """A family with shared experts, a plain codebook; unseen random words."""
     original = save_tiny_model(tmp_path / "model", "qwen2_moe")
     recipe = make_recipe("fast", 2, budget=False, kmeans_iterations=5)
@@ -37,9 +37,22 @@ def test_distillation_lowers_the_divergence_and_changes_only_what_is_continuous(
     assert plain.keys() == tuned.keys()
     assert all(torch.equal(tuned[name], again[name]) for name in tuned)
     changed = {name for name in plain if not torch.equal(plain[name], tuned[name])}
+    of_banks = {name for name in changed if ".mlp." in name}
     kinds = ("_codebook", "_codebook_scale", "_scale", "_column_scale", "_bias")
-    assert changed and all("mlp." in name and name.endswith(kinds) for name in changed)
-    assert any(name.endswith("gate_up_proj_codebook") for name in changed)
+    assert of_banks and all(name.endswith(kinds) for name in of_banks)  # neither codes nor routers
+    assert any(name.endswith("gate_up_proj_codebook") for name in of_banks)
+    dense = {name for name in plain if ".self_attn." in name or name.endswith("layernorm.weight")}
+    assert len(dense) >= 12 and changed - of_banks == dense  # neither embeddings nor the head
+
+
+def test_dense_parameters_stay_where_their_rate_is_zero(tmp_path, text):
+    original = save_tiny_model(tmp_path / "model", "mixtral")
+    recipe = make_recipe("fast", 2, budget=False, kmeans_iterations=2, matching=False, distillation_steps=2)
+    quantize(tmp_path / "model", tmp_path / "packed", text, dataclasses.replace(recipe, dense_rate=0.0))
+    kept = {k: v for file in (tmp_path / "packed").glob("*.safetensors") for k, v in load_file(file).items()}
+    stored = original.state_dict()
+    names = [name for name in stored if "experts" not in name and name in kept]
+    assert len(names) > 10 and all(torch.equal(kept[name], stored[name]) for name in names)
 
 
 def test_best_recipe_runs_from_end_to_end(tmp_path, text):

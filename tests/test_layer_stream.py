@@ -52,9 +52,15 @@ def test_head_and_whole_model_compute_what_from_pretrained_does(tmp_path, arch):
         with stream.head():
             torch.testing.assert_close(stream.logits(states[0]), expected)
         banks = {bank.path: model.get_submodule(bank.path) for bank in stream.banks}
-        with stream.whole(banks) as whole:
+        with stream.whole(banks, {}) as whole:
             torch.testing.assert_close(whole(input_ids=IDS, use_cache=False).logits, expected)
             torch.testing.assert_close(stream.logits(states[0]), expected)
+        name = "model.layers.1.self_attn.o_proj.weight"
+        with stream.whole(banks, {name: torch.zeros_like(model.get_parameter(name))}) as whole:
+            changed = whole(input_ids=IDS, use_cache=False).logits
+        model.get_parameter(name).zero_()
+        torch.testing.assert_close(changed, model(IDS).logits)
+        assert not torch.allclose(changed, expected)
     assert all(parameter.is_meta for parameter in stream.model.parameters())
     assert_streams_like_the_whole_model(tmp_path)  # and the stream is as good as new
 

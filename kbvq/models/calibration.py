@@ -7,7 +7,7 @@ by projection, the quantized ones (the student), with the moments of the inputs 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -218,14 +218,18 @@ class LayerRunner:
 
     @torch.no_grad()
     def _run(self, hidden_states: Tensor, outputs: Tensor | None, after: AfterBatch | None) -> None:
-        batches = range(0, len(hidden_states), self.batch_size)
-        for start in (batches[number] for number in self.ranks.share(len(batches))):
-            part = slice(start, start + self.batch_size)
+        for part in self.parts(len(hidden_states)):
             found = self.batch(hidden_states[part])
             if outputs is not None:
                 outputs[part] = found.cpu()
             if after is not None:
                 after(part, found)
+
+    def parts(self, windows: int) -> Iterator[slice]:
+        """The batches of this rank's share of so many windows."""
+        batches = range(0, windows, self.batch_size)
+        for start in (batches[number] for number in self.ranks.share(len(batches))):
+            yield slice(start, start + self.batch_size)
 
     def batch(self, hidden_states: Tensor) -> Tensor:
         """Output for a batch of at most `batch_size` windows, on `device`; differentiable."""

@@ -256,15 +256,20 @@ class LayerStream:
             yield
 
     @contextmanager
-    def whole(self, banks: Mapping[str, nn.Module]) -> Iterator[PreTrainedModel]:
+    def whole(self, banks: Mapping[str, nn.Module], dense: Mapping[str, Tensor]) -> Iterator[PreTrainedModel]:
         """The model with all its weights outside the banks, and these modules in the banks' places by their paths,
-        until the block is left."""
+        until the block is left.
+
+        dense: parameters outside the banks that differ from the stored ones, by their names in the model.
+        """
         prefixes = tuple(f"{path}." for path in banks)
         originals = {path: self.model.get_submodule(path) for path in banks}
         try:
             for path, module in banks.items():
                 self.model.set_submodule(path, module)
             with self._materialized([name for name in self._skeleton if not name.startswith(prefixes)]):
+                for name, tensor in dense.items():
+                    self._put(name, tensor.to(self.device, self.model.get_parameter(name).dtype))
                 yield self.model
         finally:
             for path, module in originals.items():
@@ -287,11 +292,14 @@ class LayerStream:
                 if forward is not None:
                     layer.forward = forward
 
-    def layer_tensors(self, index: int) -> dict[str, Tensor]:
-        """The tensors of decoder layer `index` outside its banks, by their names in the model, in the dtype stored."""
+    def layer_tensors(self, index: int, dense: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors of decoder layer `index` outside its banks, by their names in the model, in the dtype stored;
+        those in `dense` with its values."""
         banks = tuple(f"{bank.path}." for bank in self.banks)
         prefix = f"{self.layers_path}.{index}."
-        return self._read([name for name in self._sources if name.startswith(prefix) and not name.startswith(banks)])
+        stored = self._read([name for name in self._sources if name.startswith(prefix) and not name.startswith(banks)])
+        changed = {} if dense is None else {name: dense[name] for name in stored if name in dense}
+        return stored | {name: tensor.to(stored[name].dtype) for name, tensor in changed.items()}
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the decoder layers, as `layer_tensors` gives them.

@@ -43,22 +43,15 @@ class TrainableProjection(nn.Module):
         format, tensors = packed.format, packed.tensors
         self.packed = packed
         continuous = {name: tensors[name].float() for name in ("scale", "column_scale", "bias") if name in tensors}
-        experts = range(format.num_experts)
-        self.fixed: Tensor | None = None  # what is not trained of the weights before the scale multiplies
-        if format.codebook == "trellis":
-            self.fixed = torch.stack([decode_codes(format, tensors, expert) for expert in experts])
-        else:
+        if format.codebook != "trellis":
             continuous["codebook"] = table_values(tensors)
+            experts = range(format.num_experts)
             places = [codeword_places(format, tensors, expert).int() for expert in experts]
             self.places = torch.stack(places, 1)  # [num_stages, num_experts, out_features, num_vectors]
             self.negative = (
                 torch.stack([weight_signs(format, tensors, e) < 0 for e in experts]) if format.signed else None
             )
         self.continuous = nn.ParameterDict({name: nn.Parameter(value) for name, value in continuous.items()})
-        if format.rank:
-            coefficients, basis = decode_factors(tensors)
-            low_rank = coefficients @ basis
-            self.fixed = low_rank if self.fixed is None else self.fixed + low_rank
 
     def weights(self) -> Tensor:
         """Decoded weights of all experts, [num_experts, out_features, in_features] float32, differentiable."""
@@ -68,11 +61,26 @@ class TrainableProjection(nn.Module):
             weights = sum(F.embedding(places, flat) for places in self.places).flatten(-2)
             if self.negative is not None:
                 weights = torch.where(self.negative, -weights, weights)
-        if self.fixed is not None:
-            weights = self.fixed if weights is None else weights + self.fixed
+        fixed = self._fixed()
+        if fixed is not None:
+            weights = fixed if weights is None else weights + fixed
         if "column_scale" in self.continuous:
             weights = weights * self.continuous["column_scale"]
         return weights * self.continuous["scale"][..., None] if "scale" in self.continuous else weights
+
+    @torch.no_grad()
+    def _fixed(self) -> Tensor | None:
+        """What is not trained of the weights before the scale multiplies. Decoded anew each time: kept, it would take
+        four bytes a weight."""
+        format, tensors = self.packed.format, self.packed.tensors
+        fixed: Tensor | None = None
+        if format.codebook == "trellis":
+            fixed = torch.stack([decode_codes(format, tensors, expert) for expert in range(format.num_experts)])
+        if format.rank:
+            coefficients, basis = decode_factors(tensors)
+            low_rank = coefficients @ basis
+            fixed = low_rank if fixed is None else fixed + low_rank
+        return fixed
 
     def bias(self) -> Tensor | None:
         return self.continuous["bias"] if "bias" in self.continuous else None

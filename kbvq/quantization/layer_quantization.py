@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from kbvq.models.calibration import (
     watch_inputs,
 )
 from kbvq.models.moe_adapters import ExpertBank
+from kbvq.quantization.attention_matching import match_attention_
 from kbvq.quantization.block_tuning import tune_banks
 from kbvq.quantization.matching import match_inputs, match_outputs, token_weights
 from kbvq.recipes import Recipe
@@ -28,12 +29,14 @@ from kbvq.structures import PROJECTIONS, BankFormat, InputMoments, PackedBank, P
 @dataclass(frozen=True)
 class LayerResult:
     """banks: packed, on the CPU. teacher, student: the layer's outputs, [windows, tokens, hidden_size].
-    reports: one JSON-ready record per bank."""
+    reports: one JSON-ready record per bank. dense: parameters outside the banks that were changed, by their names in
+    the model, on the CPU in the dtype that the layer computes in."""
 
     banks: list[PackedBank]
     teacher: Tensor
     student: Tensor
     reports: list[dict[str, object]]
+    dense: dict[str, Tensor] = field(default_factory=dict)
 
 
 def quantize_layer(
@@ -59,9 +62,15 @@ def quantize_layer(
     # What stands between a layer's activations and experts of another width has no place in the sums.
     matching = recipe.matching and all(module.hidden_size == inputs.shape[-1] for module in observed.values())
     watch = run_and_keep if matching else run_and_watch
+    teacher_inputs = teacher
     teacher, teacher_moments, *kept = watch(run, teacher, observed, PROJECTIONS, by_routing=by_routing)
+    weights = token_weights(teacher) if matching else None
+    dense: dict[str, Tensor] = {}
+    if weights is not None and not same_inputs:
+        fitted = match_attention_(run, teacher_inputs, inputs, weights)
+        dense = {f"{layer_path}.{name}": tensor for name, tensor in fitted.items()}
     if not banks:
-        return LayerResult([], teacher, teacher if same_inputs else run(inputs), [])
+        return LayerResult([], teacher, teacher if same_inputs else run(inputs), [], dense)
     if recipe.error_feedback:
         for bank, module in observed.items():
             order = module.sort_channels_(teacher_moments[bank]["down_proj"], banks[bank].down_proj.vector_dim)
@@ -70,7 +79,6 @@ def quantize_layer(
     seen: dict[ExpertBank, dict[str, InputMoments]] = {bank: {} for bank in banks}
     original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
     goals: dict[ExpertBank, dict[str, Goal]] = {bank: {} for bank in banks}
-    weights = token_weights(teacher) if matching else None
     for order, projection in enumerate(PROJECTIONS):
         if order == 0 and same_inputs:
             for bank in banks:
@@ -111,7 +119,7 @@ def quantize_layer(
     coded = {bank: original[bank] | {name: goal.weights for name, goal in goals[bank].items()} for bank in banks}
     reports = [_report(bank, coded[bank], packed[bank], seen[bank], recipe) for bank in banks]
     on_cpu = {bank: {name: p.to("cpu") for name, p in projections.items()} for bank, projections in packed.items()}
-    return LayerResult([PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks], teacher, student, reports)
+    return LayerResult([PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks], teacher, student, reports, dense)
 
 
 def _tune(

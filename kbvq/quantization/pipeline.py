@@ -156,7 +156,7 @@ class Run:
         bank; see sensitivity.
     formats: of all banks, once they are chosen. budget: the record of that choice.
     teacher, student: activations behind the layers quantized so far. layers: their records.
-    shards: files of the checkpoint. waiting: files of packed banks that end-to-end tuning is still to change.
+    shards: files of the checkpoint. waiting: files of layers that end-to-end tuning is still to change.
     """
 
     def __init__(
@@ -254,12 +254,13 @@ class Run:
         carry = dict(carry)
         if self.recipe.distillation_steps:
             tensors = {name: tensor for bank in result.banks for name, tensor in bank.state_dict().items()}
+            tensors |= result.dense
             if tensors:
-                name = f"banks-{index:05d}.safetensors"
+                name = f"layer-{index:05d}.safetensors"
                 waiting = self.work.store(name, lambda path: write_tensors(path, tensors))
                 carry["waiting"] = [*carry["waiting"], waiting]
         else:
-            carry["shards"] = [*carry["shards"], self._write_layer(index, result.banks)]
+            carry["shards"] = [*carry["shards"], self._write_layer(index, result.banks, result.dense)]
         record = {
             "layer": index,
             "output_error": _relative_error(result.student, result.teacher, self.work),
@@ -269,15 +270,18 @@ class Run:
         return Step(carry, _layer_text(record), {"output_error": record["output_error"]})
 
     def distill(self, index: int, carry: Carry) -> Step:
-        """Tune all banks on the original model's predictions, and store the layers."""
+        """Tune the whole model on the original's predictions, and store the layers."""
         waiting: dict[str, Tensor] = {}
         for file in carry["waiting"]:
             waiting |= load_file(self.work.path / file.name)
-        banks = [_bank_from_tensors(format, waiting) for format in carry["formats"]]
-        tuned = distill(self.stream, banks, self.token_ids, carry["teacher"], self.recipe, seed=self.options.seed)
+        packed = [_bank_from_tensors(format, waiting) for format in carry["formats"]]
+        dense = {name: waiting[name] for name in waiting.keys() - {n for bank in packed for n in bank.state_dict()}}
+        tuned, dense = distill(
+            self.stream, packed, dense, self.token_ids, carry["teacher"], self.recipe, seed=self.options.seed
+        )
         owner = {bank.path: bank.decoder_layer for bank in self.stream.banks}
         shards = [
-            self._write_layer(layer, [bank for bank in tuned if owner[bank.path] == layer])
+            self._write_layer(layer, [bank for bank in tuned if owner[bank.path] == layer], dense)
             for layer in range(self.stream.num_layers)
         ]
         return Step({**carry, "shards": [*carry["shards"], *shards], "waiting": []})
@@ -332,10 +336,10 @@ class Run:
     def _first_activations(self, embedded: Tensor) -> Carry:
         return {"teacher": embedded, "student": embedded, "layers": [], "waiting": []}
 
-    def _write_layer(self, index: int, banks: list[PackedBank]) -> StoredFile:
-        """One shard with a decoder layer: its tensors as stored, and its packed banks."""
+    def _write_layer(self, index: int, banks: list[PackedBank], dense: Mapping[str, Tensor]) -> StoredFile:
+        """One shard with a decoder layer: its tensors as stored but for those in `dense`, and its packed banks."""
         packed = {name: tensor for bank in banks for name, tensor in bank.state_dict().items()}
-        return self._write_shard(index + 1, lambda: self.stream.layer_tensors(index) | packed)
+        return self._write_shard(index + 1, lambda: self.stream.layer_tensors(index, dense) | packed)
 
     def _write_shard(self, index: int, tensors: Callable[[], dict[str, Tensor]]) -> StoredFile:
         name = f"{CHECKPOINT}/{self.writer.shard_name(index)}"

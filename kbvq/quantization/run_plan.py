@@ -19,8 +19,9 @@ from kbvq.errors import ConfigError
 from kbvq.method.projection import quantize_projection
 from kbvq.models.layer_stream import LayerStream
 from kbvq.models.moe_adapters import ExpertBank
+from kbvq.quantization.distillation import trainable_dense
 from kbvq.quantization.progress import format_seconds
-from kbvq.recipes import Recipe
+from kbvq.recipes import MAX_BITS, Recipe
 from kbvq.storage.checkpoint import check_disk_space
 from kbvq.structures import PROJECTIONS, BankFormat, InputMoments
 
@@ -234,11 +235,14 @@ def _tuning_bytes(stream: LayerStream, recipe: Recipe) -> dict[str, float]:
     num_weights = sum(_num_weights(bank) for bank in stream.banks)
     others = sum(p.numel() for p in stream.model.parameters()) - num_weights
     largest = max(_num_weights(bank) for bank in stream.banks)
-    # A trellis keeps its decoded weights, a table an index of 4 bytes for every vector.
-    each = 4.0 if recipe.codebook == "trellis" else 1.0
+    trained = trainable_dense(stream.model, stream.layers_path, [bank.path for bank in stream.banks])
+    # A trellis keeps its packed codes, a table an index of 4 bytes for every vector.
+    each = MAX_BITS / 8 if recipe.codebook == "trellis" else 1.0
     return {
         "program": _PROGRAM,
         "dense weights": others * stream.dtype.itemsize,
+        # The trained ones in float32, with their gradients and both moments of Adam.
+        "tuning": 16 * sum(parameter.numel() for parameter in trained.values()) * bool(recipe.dense_rate),
         "codes of all banks": each * num_weights,
         "decoded layer and its gradients": 12 * largest,
     }

@@ -1,0 +1,114 @@
+"""The last linear map of a layer's attention, fitted anew so that it takes back what the residual stream has lost.
+
+Attention stays as it is stored, but the experts of the layers before are quantized, so a layer's attention starts from
+a stream with errors in it. Its output projection is the one dense weight whose outputs are added to that stream as they
+are. With x the layer's input and a the projection's input in the quantized model, and t the original's stream behind
+attention, it should give t − x: again a least-squares problem (method.target_weights), solved in closed form, with the
+tokens weighted as for the experts (matching.token_weights). It costs no bits, and leaves the experts less to make up
+for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kbvq.method.target_weights import TargetSums, goal_of
+from kbvq.models.calibration import LayerRunner
+from kbvq.structures import InputMoments
+
+_MOVED = 1e-2  # a map that is not added to the stream as it is changes the layer's outputs by much more than that
+
+
+def output_projection(run: LayerRunner, hidden_states: Tensor) -> str | None:
+    """Path in the layer of the linear map whose outputs are added to the layer's inputs before all else, or None.
+
+    Names differ between families, so it is found by what it does: where its output is held fixed, moving the layer's
+    input by −Δ and that output by Δ changes nothing. hidden_states: layer inputs, [windows, tokens, hidden_size].
+    """
+    inputs = hidden_states[: run.batch_size].to(run.device)
+    if inputs.dim() != 3:  # several residual streams
+        return None
+    generator = torch.Generator().manual_seed(0)
+    for name, module in run.layer.named_modules():
+        if not isinstance(module, nn.Linear) or module.out_features != inputs.shape[-1]:
+            continue
+        kept: list[Tensor] = []
+        with _hooked(module, lambda _, __, output, kept=kept: kept.append(output)):
+            expected = run.batch(inputs)
+        if len(kept) != 1 or kept[0].shape != inputs.shape:
+            continue
+        offset = inputs.float().std() * torch.randn(inputs.shape, generator=generator).to(run.device)
+        fixed = (kept[0].float() + offset).to(kept[0].dtype)
+        with _hooked(module, lambda _, __, ___, fixed=fixed: fixed):
+            found = run.batch((inputs.float() - offset).to(inputs.dtype))
+        missed = (found.float() - expected.float()).norm(dim=-1) / offset.norm(dim=-1)
+        # The median of the tokens: one that a rounding error sends to another expert says nothing about the layer.
+        if missed.flatten().median() < _MOVED:
+            return name
+    return None
+
+
+@torch.no_grad()
+def match_attention_(run: LayerRunner, teacher: Tensor, student: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Fit the layer's output projection, in place; returns the changed parameter by its path in the layer.
+
+    teacher, student: the layer's inputs in the original and in the quantized model, [windows, tokens, hidden_size].
+    weights: of the tokens, [windows, tokens]. Nothing is changed, and the answer is empty, where the layer has no such
+    map.
+    """
+    path = output_projection(run, student)
+    if path is None:
+        return {}
+    module = run.layer.get_submodule(path)
+    moments = InputMoments.zeros(1, module.in_features, run.device)
+    sums = TargetSums.zeros(1, module.out_features, module.in_features, run.device)
+    bias = 0.0 if module.bias is None else module.bias.float()
+    for part in run.parts(len(student)):
+        _, given = _reach(run, module, teacher[part])
+        wanted = (teacher[part] - student[part]).to(run.device).float() + given.float() - bias
+        inputs, _ = _reach(run, module, student[part])
+        inputs = inputs.flatten(0, -2)
+        mass = moments.add_(
+            0, inputs, torch.ones(len(inputs), device=run.device), token_weights=weights[part].flatten().to(run.device)
+        )
+        sums.add_(0, wanted.flatten(0, 1), inputs, mass)
+    for gathered in (moments, sums):
+        run.ranks.sum_(*(getattr(gathered, field.name) for field in dataclasses.fields(gathered)))
+    fitted = goal_of(module.weight[None], sums, moments, prior_tokens=0.0).weights[0]
+    module.weight.copy_(fitted)
+    return {f"{path}.weight": module.weight.detach().cpu()}
+
+
+def _reach(run: LayerRunner, module: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs of a module of the layer; what comes behind it does not run."""
+
+    def stop(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        raise _Reached(inputs[0], output)
+
+    with _hooked(module, stop):
+        try:
+            run.batch(hidden_states)
+        except _Reached as reached:
+            return reached.inputs, reached.output
+    raise AssertionError("the output projection ran when it was looked for, and did not now")
+
+
+class _Reached(Exception):
+    """Ends a layer's forward pass."""
+
+    def __init__(self, inputs: Tensor, output: Tensor) -> None:
+        self.inputs, self.output = inputs, output
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., object]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
