@@ -109,7 +109,10 @@ def measure(model: Path, row: Row, group: int, seed: int, baseline: BaselineCach
 
 
 def measure_peer(model: Path, peer: str, group: int, seed: int, options: argparse.Namespace) -> dict[str, object]:
-    """Run a peer, and take over its row. Its bits are those without padding, where it appears at its best."""
+    """Run a peer, and take over its row.
+
+    Its bits are those without padding, where it appears at its best; of mixed widths, what is stored.
+    """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "peers.json"
         command = [sys.executable, ROOT / "eval/peers/run.py", "--work", options.work, "--model", model]
@@ -119,7 +122,8 @@ def measure_peer(model: Path, peer: str, group: int, seed: int, options: argpars
         subprocess.run(list(map(str, command)), check=True, env=environment)
         row = json.loads(results.read_text(encoding="utf-8"))["rows"][0]
     costs = {name: row[name] for name in ("cpu_seconds", "peak_rss_bytes") if name in row}
-    return {"tool": peer, "bits_per_weight": row["minimal_bits"]} | costs | {n: row["scores"][n] for n in SCORES}
+    bits = row["bits_per_weight" if peer.endswith("-mixed") else "minimal_bits"]
+    return {"tool": peer, "bits_per_weight": bits} | costs | {n: row["scores"][n] for n in SCORES}
 
 
 def markdown(rows: list[dict]) -> str:

@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that was forked has n
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kbvq
@@ -156,6 +157,8 @@ def in_child(
     if child == 0:
         os.close(read)
         status = 1
+        # Progress bars lock a semaphore that all processes share; one that is killed while it holds it keeps it.
+        tqdm.set_lock(threading.RLock())
         try:
             operations = Operations(operation, lambda place: os.write(write, place.encode()))
             operations.install()
