@@ -39,7 +39,7 @@ CODES: dict[str, dict[int, Code]] = {
 }
 """Codebook as asked for -> code bits per weight -> code. "sign-vq" is stored as "vq" with sign bits."""
 
-CODES["rq-moe"] = CODES["rq"]
+CODES["rq-grouped"] = CODES["rq"]
 
 MIN_BITS, MAX_BITS = 1.5, 4.0
 """True bits per weight that a budget can be set to."""
@@ -53,7 +53,7 @@ MAX_BASIS_WIDTH = 4096
 and take longer than all the rest of the quantization beyond."""
 
 NUM_GROUPS = 8
-"""Groups of the codewords of stage 0 of rq-moe: its tables then take at most 34 KiB at 2 bits."""
+"""Groups of the codewords of stage 0 of rq-grouped: its tables then take at most 34 KiB at 2 bits."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Recipe:
                 f"a {out_features}x{in_features} projection has {vectors} vectors for one codebook of "
                 f"{code.codebook_size}; use fewer --bits or --codebook-scope bank"
             )
-        grouped = self.codebook == "rq-moe" and code.num_stages > 1
+        grouped = self.codebook == "rq-grouped" and code.num_stages > 1
         trellis = self.codebook == "trellis"
         return ProjectionFormat(
             num_experts=num_experts,

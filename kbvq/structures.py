@@ -23,7 +23,7 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 INDEX_BITS = {256: 8, 4096: 12}
 """Codebook size -> bits of one code; the sizes that `kbvq.codes.packing` can store."""
 
-CODEBOOKS = ("vq", "rq", "rq-moe", "trellis")
+CODEBOOKS = ("vq", "rq", "rq-grouped", "trellis")
 """Names of the code formats; see `ProjectionFormat`."""
 
 TRELLIS_STATE_BITS = 12
@@ -57,7 +57,7 @@ class ProjectionFormat:
         "vq": a codeword for every `vector_dim` weights of a row. With `signed` the codebook holds magnitudes and each
             weight has a sign bit of its own.
         "rq": the sum of `num_stages` codewords, stage s from table s.
-        "rq-moe": the same, but the codeword of stage 0 belongs to one of `num_groups` groups, and the later stages
+        "rq-grouped": the same, but the codeword of stage 0 belongs to one of `num_groups` groups, and the later stages
             take theirs from the tables of that group.
         "trellis": one value per weight, a function of a window of the expert's bit stream; a stream for each column,
             down its rows. codebook_size 2^bits, vector_dim 1, no table is stored.
@@ -87,6 +87,11 @@ class ProjectionFormat:
 
     def __post_init__(self) -> None:
         self._check_fields()
+        if self.codebook == "rq-moe":
+            raise ConfigError(
+                "codebook rq-moe: tables by groups are named rq-grouped since 2026-11-25; write that name into the "
+                "config.json of the checkpoint, or quantize the model again"
+            )
         if self.codebook not in CODEBOOKS:
             raise ConfigError(f"codebook {self.codebook!r} is not known; use one of {', '.join(CODEBOOKS)}")
         if self.codebook == "trellis":
@@ -98,8 +103,8 @@ class ProjectionFormat:
                 f"sign bits need codebook vq and in_features in multiples of 8, not {self.codebook} and "
                 f"{self.in_features}; choose other --bits or another --codebook"
             )
-        if self.num_groups != 1 and (self.codebook != "rq-moe" or not 1 <= self.num_groups <= 8):
-            raise ConfigError(f"num_groups {self.num_groups}: codebook rq-moe has 1 to 8 groups, the others 1")
+        if self.num_groups != 1 and (self.codebook != "rq-grouped" or not 1 <= self.num_groups <= 8):
+            raise ConfigError(f"num_groups {self.num_groups}: rq-grouped has 1 to 8 groups, other codebooks 1")
         if self.in_features % self.vector_dim:
             raise ConfigError(
                 f"in_features {self.in_features} is not a multiple of vector_dim {self.vector_dim}; choose other --bits"
@@ -155,7 +160,7 @@ class ProjectionFormat:
 
     @property
     def num_tables(self) -> int:
-        """Tables of `codebook_size` codewords in one codebook: one per stage; in rq-moe stage 0 has one, each later
+        """Tables of `codebook_size` codewords in one codebook: one per stage; in rq-grouped stage 0 has one, each later
         stage one per group, in the order (1, group 0), (1, group 1), …, (2, group 0), …"""
         return 1 + (self.num_stages - 1) * self.num_groups
 

@@ -17,7 +17,9 @@ FORMATS = [
     ProjectionFormat(2, 6, 16, "rq", 8, 256, num_stages=2, has_scale=True, rank=2),
     ProjectionFormat(2, 6, 16, "rq", 8, 256, num_stages=2, num_codebooks=2, has_bias=True, rank=3, factor_dtype="int8"),
     ProjectionFormat(2, 6, 16, "vq", 8, 256, has_scale=True, signed=True, codebook_dtype="int8", has_column_scale=True),
-    ProjectionFormat(2, 6, 16, "rq-moe", 8, 256, num_stages=3, num_groups=4, num_codebooks=2, codebook_dtype="int8"),
+    ProjectionFormat(
+        2, 6, 16, "rq-grouped", 8, 256, num_stages=3, num_groups=4, num_codebooks=2, codebook_dtype="int8"
+    ),
     ProjectionFormat(2, 8, 16, "trellis", 1, 4, has_scale=True, has_bias=True, rank=2),
 ]
 

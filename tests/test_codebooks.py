@@ -75,7 +75,7 @@ def test_with_a_diagonal_metric_the_signs_are_those_of_the_targets_and_the_choic
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_sums_are_no_worse_than_greedy_ones_and_keep_to_their_group(groups):
-    name = "rq" if groups == 1 else "rq-moe"
+    name = "rq" if groups == 1 else "rq-grouped"
     format = ProjectionFormat(EXPERTS, ROWS, 8, name, 4, 256, num_stages=2, num_groups=groups)
     targets, metric, mass, book = problem(format)
     codes = book.encode(targets, metric, mass)
@@ -99,7 +99,7 @@ def test_sums_are_no_worse_than_greedy_ones_and_keep_to_their_group(groups):
         ProjectionFormat(EXPERTS, ROWS, 8, "vq", 4, 256, num_codebooks=EXPERTS),
         ProjectionFormat(EXPERTS, ROWS, 8, "vq", 4, 256, signed=True),
         ProjectionFormat(EXPERTS, ROWS, 8, "rq", 4, 256, num_stages=2),
-        ProjectionFormat(EXPERTS, ROWS, 8, "rq-moe", 4, 256, num_stages=2, num_groups=2),
+        ProjectionFormat(EXPERTS, ROWS, 8, "rq-grouped", 4, 256, num_stages=2, num_groups=2),
     ],
 )
 def test_refitted_tables_solve_the_least_squares_problem_of_each_codeword(format):
@@ -138,7 +138,7 @@ def test_refitted_tables_solve_the_least_squares_problem_of_each_codeword(format
     "format",
     [
         ProjectionFormat(EXPERTS, ROWS, 16, "vq", 8, 256, signed=True, codebook_dtype="int8"),
-        ProjectionFormat(EXPERTS, ROWS, 16, "rq-moe", 8, 256, num_stages=3, num_groups=4, num_codebooks=EXPERTS),
+        ProjectionFormat(EXPERTS, ROWS, 16, "rq-grouped", 8, 256, num_stages=3, num_groups=4, num_codebooks=EXPERTS),
         ProjectionFormat(EXPERTS, ROWS, 16, "trellis", 1, 8),
     ],
 )

@@ -51,10 +51,10 @@ def change(folder, name, change_):
 @pytest.mark.parametrize(
     ("format", "tensor", "value", "message"),
     [
-        ("rq-moe", "gate_up_proj_groups", 255, r"in \[0, 255\], its format says \[0, 4\]"),
-        ("rq-moe", "down_proj_groups", 5, r"its format says \[0, 4\]"),
-        ("rq-moe, 12 bits", "down_proj_groups", 3, r"its format says \[0, 2\]"),
-        ("rq-moe", "down_proj_codebook", -128, r"its format says \[-127, 127\]"),
+        ("rq-grouped", "gate_up_proj_groups", 255, r"in \[0, 255\], its format says \[0, 4\]"),
+        ("rq-grouped", "down_proj_groups", 5, r"its format says \[0, 4\]"),
+        ("rq-grouped, 12 bits", "down_proj_groups", 3, r"its format says \[0, 2\]"),
+        ("rq-grouped", "down_proj_codebook", -128, r"its format says \[-127, 127\]"),
         ("signed", "gate_up_proj_codebook", -1, r"its format says \[0, 127\]"),
         ("trellis", "gate_up_proj_scale", float("nan"), "NaN or infinite"),
         ("rq", "gate_up_proj_codebook", float("inf"), "NaN or infinite"),
@@ -69,7 +69,7 @@ def test_a_value_that_its_format_does_not_allow_is_refused_at_load(checkpoints, 
 
 
 def test_groups_that_were_changed_after_loading_are_refused_by_the_kernels(checkpoints):
-    model = AutoModelForCausalLM.from_pretrained(checkpoints["rq-moe"])
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["rq-grouped"])
     with torch.no_grad():
         model(torch.arange(4)[None])
         model.get_submodule(BANK).gate_up_proj_groups.fill_(255)

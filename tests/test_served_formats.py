@@ -70,5 +70,5 @@ def test_all_that_recipes_write_is_compiled_ahead_of_time():
             for option in OPTIONS:
                 fields = written_format(codebook, bits, option).to_dict()
                 if fields["num_stages"] == 1 and codebook != "trellis":
-                    fields["codebook"] = "vq"  # one stage of rq or rq-moe is no other code
+                    fields["codebook"] = "vq"  # one stage of rq or rq-grouped is no other code
                 assert tuple(fields[name] for name in names) in compiled, (codebook, bits, option)

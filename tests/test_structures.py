@@ -74,6 +74,8 @@ def test_bank_format_survives_json():
 def test_unreadable_formats_are_refused():
     with pytest.raises(ConfigError, match="this version cannot read"):
         BankFormat.from_dict({"path": "a", "kind": "routed", "gate_up_proj": {"novel": 1}, "down_proj": {}})
+    with pytest.raises(ConfigError, match="are named rq-grouped since"):
+        projection_format(codebook="rq-moe", num_stages=2, num_groups=8)
     with pytest.raises(ConfigError, match="codebook_size 300"):
         projection_format(codebook_size=300)
     with pytest.raises(ConfigError, match="do not match"):

@@ -77,10 +77,10 @@ class Refit(Protocol):
 
 
 class TableCodebook:
-    """Codebooks of `vq`, `rq` and `rq-moe`: tables of codewords, rounded as they will be stored.
+    """Codebooks of `vq`, `rq` and `rq-grouped`: tables of codewords, rounded as they will be stored.
 
     tables: [num_codebooks, num_tables, codebook_size, d] float32; see ProjectionFormat.num_tables for their order.
-    groups: [num_codebooks, codebook_size] int64 for rq-moe with several groups, else None.
+    groups: [num_codebooks, codebook_size] int64 for rq-grouped with several groups, else None.
     """
 
     def __init__(self, format: ProjectionFormat, tables: Tensor, groups: Tensor | None = None) -> None:

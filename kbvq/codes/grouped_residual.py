@@ -1,9 +1,8 @@
-"""RQ-MoE codebooks for weights: residual tables chosen by the group of the first codeword.
+"""`rq-grouped` codebooks for weights: residual tables chosen by the group of the first codeword.
 
-In RQ-MoE the codeword of a later stage is a mixture of refiners, gated by the codes before it, and a decoder has to
-evaluate a network per vector. With a hard gate on the first code, refiner n turns the 256 codewords of a stage into a
-table, whatever the refiner is; so the tables themselves are trained, one for each of a few groups, and a decoder needs
-a lookup per stage and nothing else.
+The cheap part of RQ-MoE's idea (kbvq.codes.rq_moe), without its network: the codewords of a later stage adapt to the
+first code, which chooses among a few tables. They are trained as tables, one for each of a few groups of first
+codewords, and a decoder needs a lookup per stage and nothing else.
 """
 
 from __future__ import annotations

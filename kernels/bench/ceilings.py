@@ -67,7 +67,7 @@ def wavefronts(addresses: list[int], load_bytes: int) -> int:
 def l1_cycles(code: CodeFormat, tokens: float, entry: aot.Launch, compiled: aot.MachineCode, weights: float) -> float:
     """Cycles that the L1 cache and shared memory, one unit, spend on a weight.
 
-    Lookups (and in rq-moe those of groups, one byte each), the copies of the tables that every program writes, then
+    Lookups (and in rq-grouped those of groups, one byte each), the copies of the tables that every program writes, then
     every other load and store of the loop at 128 bytes a cycle. A load of x in decode_kernel touches four lines for
     each of its `tokens`, at four tags a cycle; 0 tokens: grouped_kernel.
     """

@@ -75,8 +75,8 @@ FORMATS = (
     CodeFormat("4b rq2 d4", "rq", 4, 256, 2),
     CodeFormat("3b rq3 d8", "rq", 8, 256, 3),
     CodeFormat("3b rq2 d8 4096", "rq", 8, 4096, 2),
-    CodeFormat("2b rq-moe2 d8", "rq-moe", 8, 256, 2, num_groups=8),
-    CodeFormat("3b rq-moe3 d8", "rq-moe", 8, 256, 3, num_groups=8),
+    CodeFormat("2b rq-grouped2 d8", "rq-grouped", 8, 256, 2, num_groups=8),
+    CodeFormat("3b rq-grouped3 d8", "rq-grouped", 8, 256, 3, num_groups=8),
 )
 """The first six are measured, the rest only counted. float16 and int8 codebooks are the same to kernels on CUDA."""
 

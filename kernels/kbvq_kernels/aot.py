@@ -51,6 +51,8 @@ _TYPES = {
 }
 _OPTIONS = ("num_warps", "num_stages")
 
+_GROUPED: dict[str, object] = {"codebook": "rq-grouped", "codebook_size": 256, "num_groups": 8}
+
 CODES: dict[str, dict[str, object]] = {
     "signed d8": {"codebook": "vq", "vector_dim": 8, "codebook_size": 256, "signed": True},
     "signed d4": {"codebook": "vq", "vector_dim": 4, "codebook_size": 256, "signed": True},
@@ -61,15 +63,15 @@ CODES: dict[str, dict[str, object]] = {
     "rq2 d8": {"codebook": "rq", "vector_dim": 8, "codebook_size": 256, "num_stages": 2},
     "rq3 d8": {"codebook": "rq", "vector_dim": 8, "codebook_size": 256, "num_stages": 3},
     "rq2 d4": {"codebook": "rq", "vector_dim": 4, "codebook_size": 256, "num_stages": 2},
-    "rq-moe2 d8": {"codebook": "rq-moe", "vector_dim": 8, "codebook_size": 256, "num_stages": 2, "num_groups": 8},
-    "rq-moe3 d8": {"codebook": "rq-moe", "vector_dim": 8, "codebook_size": 256, "num_stages": 3, "num_groups": 8},
-    "rq-moe2 d4": {"codebook": "rq-moe", "vector_dim": 4, "codebook_size": 256, "num_stages": 2, "num_groups": 8},
+    "rq-grouped2 d8": _GROUPED | {"vector_dim": 8, "num_stages": 2},
+    "rq-grouped3 d8": _GROUPED | {"vector_dim": 8, "num_stages": 3},
+    "rq-grouped2 d4": _GROUPED | {"vector_dim": 4, "num_stages": 2},
     "trellis 1 bit": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 2},
     "trellis 2 bits": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 4},
     "trellis 3 bits": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 8},
     "trellis 4 bits": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 16},
 }
-"""Every code that a recipe of kbvq can write. One stage of rq or rq-moe is to the kernels what vq is."""
+"""Every code that a recipe of kbvq can write. One stage of rq or rq-grouped is to the kernels what vq is."""
 
 _LOW_RANK = {"rank": 32}
 _PUBLISHED = _LOW_RANK | {"per_expert": True}

@@ -151,7 +151,7 @@ def decodes(p: PreparedProjection, dtype: torch.dtype) -> bool:
 
 def table_copies(p: PreparedProjection, limit: int) -> int:
     """Copies of the tables that a program makes in `limit` bytes of shared memory; 0: it reads them through the L1
-    cache. More than one for each lane that a load serves at a time would be of no use. Tables of rq-moe and of 4096
+    cache. More than one for each lane that a load serves at a time would be of no use. Tables of rq-grouped and of 4096
     codewords have no room for several, and one is no faster there than in the cache."""
     entry = 2 * p.vector_dim
     if p.trellis_bits or p.wide or p.num_groups > 1:

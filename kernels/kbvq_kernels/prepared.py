@@ -15,7 +15,7 @@ from kbvq_kernels.reference import ACTIVATIONS, TRELLIS_STATE_BITS, trellis_code
 
 logger = logging.getLogger(__name__)
 
-CODEBOOKS = ("vq", "rq", "rq-moe", "trellis")
+CODEBOOKS = ("vq", "rq", "rq-grouped", "trellis")
 CODEBOOK_SIZES = (256, 4096)
 TRELLIS_SIZES = (2, 4, 8, 16)
 VECTOR_DIMS = (2, 4, 8)
@@ -53,15 +53,15 @@ def supports(
     if not 1 <= num_stages <= MAX_STAGES or (codebook in ("vq", "trellis") and num_stages != 1):
         return (
             f"no kernel serves codebook {codebook!r} with {num_stages} stages; "
-            f"vq and trellis have 1, rq and rq-moe up to {MAX_STAGES}"
+            f"vq and trellis have 1, rq and rq-grouped up to {MAX_STAGES}"
         )
     if signed and (codebook != "vq" or codebook_size != 256 or vector_dim == 2):
         return (
             f"no kernel serves sign bits with codebook {codebook!r} of {codebook_size} and vector_dim {vector_dim}; "
             "they go with vq of 256 and vector_dim 4 or 8"
         )
-    if num_groups != 1 and (codebook != "rq-moe" or not 1 <= num_groups <= MAX_GROUPS):
-        return f"no kernel serves codebook {codebook!r} with {num_groups} groups; rq-moe has up to {MAX_GROUPS}"
+    if num_groups != 1 and (codebook != "rq-grouped" or not 1 <= num_groups <= MAX_GROUPS):
+        return f"no kernel serves codebook {codebook!r} with {num_groups} groups; rq-grouped has up to {MAX_GROUPS}"
     if not 0 <= rank <= MAX_RANK:
         return f"no kernel serves a low-rank part of rank {rank}; at most {MAX_RANK}"
     return None

@@ -25,7 +25,7 @@ with warnings.catch_warnings():
 FULL = {"rank": 5}
 SIGNED8 = {"signed": True, "vector_dim": 8, "codebook_dtype": "int8"}
 SIGNED4 = {"signed": True, "vector_dim": 4, "codebook_dtype": "int8"}
-RQ_MOE = {"codebook": "rq-moe", "num_stages": 2, "num_groups": 3, "vector_dim": 8, "per_expert": True}
+RQ_GROUPED = {"codebook": "rq-grouped", "num_stages": 2, "num_groups": 3, "vector_dim": 8, "per_expert": True}
 RQ3 = {"vector_dim": 8, "num_stages": 3}
 INT8_FACTORS = {"rank": 5, "factor_dtype": "int8"}
 TRELLIS = {"experts": 3, "top_k": 2, "hidden": 128, "intermediate": 192}
@@ -54,7 +54,7 @@ MIXTURES = {
     "blocks of 8, signed d8": Mixture("blocks", SIGNED8 | FULL, 80, tokens=5),
     "blocks of 16 on a full card": Mixture("blocks", SIGNED4, 90, tokens=13, full=True, activation="relu"),
     "blocks of 32": Mixture("blocks", SIGNED8, 90, HALF, tokens=21),
-    "blocks, groups": Mixture("blocks", RQ_MOE, 90, tokens=5),
+    "blocks, groups": Mixture("blocks", RQ_GROUPED, 90, tokens=5),
     "blocks, trellis of 3 bits and 1": Mixture("blocks", trellis(3), 80, HALF, tokens=5, down=trellis(1), **TRELLIS),
     "grouped, signed d8": Mixture("grouped", SIGNED8 | FULL, 90, tokens=9),
     "grouped, signed d4, tiles of 64": Mixture("grouped", SIGNED4, 80, tokens=36, activation="gelu"),
@@ -62,7 +62,7 @@ MIXTURES = {
     "grouped, 12 bits of two stages": Mixture(
         "grouped", {"vector_dim": 8, "num_stages": 2, "codebook_size": 4096}, 80, HALF, tokens=6
     ),
-    "grouped, groups": Mixture("grouped", RQ_MOE, 90, HALF, tokens=5),
+    "grouped, groups": Mixture("grouped", RQ_GROUPED, 90, HALF, tokens=5),
     "grouped, float32": Mixture("grouped", {"vector_dim": 2}, 80, FLOAT, tokens=5, hidden=12, intermediate=10),
     "grouped, trellis": Mixture("grouped", trellis(2, rank=2), 90, tokens=5, down=trellis(4), **SMALL),
     "grouped, a shared expert": Mixture("grouped", {}, 80, HALF, experts=1, routed=False),

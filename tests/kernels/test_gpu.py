@@ -30,7 +30,7 @@ FORMATS = {
     "rq2-d8": {"vector_dim": 8, "num_stages": 2, "rank": 16},
     "rq3-d8": {"vector_dim": 8, "num_stages": 3, "has_bias": False},
     "rq2-d8-12bit": {"vector_dim": 8, "num_stages": 2, "codebook_size": 4096, "codebook_dtype": "int8"},
-    "rq-moe3-d8": {"codebook": "rq-moe", "vector_dim": 8, "num_stages": 3, "num_groups": 8, "per_expert": True},
+    "rq-grouped3-d8": {"codebook": "rq-grouped", "vector_dim": 8, "num_stages": 3, "num_groups": 8, "per_expert": True},
     "trellis-2": {"codebook": "trellis", "codebook_size": 4, "rank": 8},
     "trellis-3": {"codebook": "trellis", "codebook_size": 8},
     "trellis-1": {"codebook": "trellis", "codebook_size": 2},

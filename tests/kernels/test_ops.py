@@ -26,14 +26,14 @@ FORMATS = {
     "signed-d4-int8": {"signed": True, "vector_dim": 4, "codebook_dtype": "int8", "per_expert": True},
     "signed-d8": {"signed": True, "vector_dim": 8},
     "rq2-d8-int8": {"vector_dim": 8, "num_stages": 2, "codebook_dtype": "int8", "has_scale": False, "rank": 2},
-    "rq-moe3-d8-int8": {
-        "codebook": "rq-moe", "vector_dim": 8, "num_stages": 3, "num_groups": 8, "codebook_dtype": "int8",
+    "rq-grouped3-d8-int8": {
+        "codebook": "rq-grouped", "vector_dim": 8, "num_stages": 3, "num_groups": 8, "codebook_dtype": "int8",
         "per_expert": True,
     },
-    "rq-moe2-d4-12bit": {
-        "codebook": "rq-moe", "vector_dim": 4, "num_stages": 2, "num_groups": 3, "codebook_size": 4096,
+    "rq-grouped2-d4-12bit": {
+        "codebook": "rq-grouped", "vector_dim": 4, "num_stages": 2, "num_groups": 3, "codebook_size": 4096,
     },
-    "rq-moe1-d4": {"codebook": "rq-moe"},
+    "rq-grouped1-d4": {"codebook": "rq-grouped"},
     "trellis-1": {"codebook": "trellis", "codebook_size": 2, "rank": 2},
     "trellis-2": {"codebook": "trellis", "codebook_size": 4},
     "trellis-3": {"codebook": "trellis", "codebook_size": 8},
@@ -161,7 +161,7 @@ def test_codes_are_shared_when_aligned_and_copied_when_not():
 
 
 def test_registrations():
-    for name in ("vq-d4", "rq2-d8-12bit-int8", "rq-moe3-d8-int8", "trellis-2"):
+    for name in ("vq-d4", "rq2-d8-12bit-int8", "rq-grouped3-d8-int8", "trellis-2"):
         (x, index, weights, gate_up, down, activation), _ = moe_case(FORMATS[name], 3)
         arguments = (
             x, index, weights, gate_up.tensors(), gate_up.numbers(), down.tensors(), down.numbers(), activation,
@@ -193,7 +193,7 @@ def test_what_is_served_and_refused():
         {"codebook": "lattice"}, {"vector_dim": 16}, {"codebook_size": 65536}, {"num_stages": 2}, {"rank": 1000},
         {"factor_dtype": "float32"}, {"activation": "tanh"}, {"codebook": "rq", "num_stages": 4},
         {"codebook_dtype": "float32"}, {"codebook": "rq", "signed": True}, {"num_groups": 2},
-        {"codebook": "rq-moe", "num_groups": 9},
+        {"codebook": "rq-grouped", "num_groups": 9},
     ):  # fmt: skip
         assert str(next(iter(change.values()))) in supports(**fields | change)
     tensors, projection = random_projection(1, 2, 8)
@@ -219,7 +219,7 @@ def test_slower_formats_are_named_once(caplog):
     two_stages = {"codebook": "rq", "num_stages": 2, "codebook_size": 256}
     assert slower_than_bf16(**two_stages) is None
     assert "4096 codewords" in slower_than_bf16(**two_stages | {"codebook_size": 4096})
-    assert "2048 codewords" in slower_than_bf16(**two_stages | {"codebook": "rq-moe", "num_groups": 8})
+    assert "2048 codewords" in slower_than_bf16(**two_stages | {"codebook": "rq-grouped", "num_groups": 8})
 
 
 def test_damaged_codebooks_are_refused():
@@ -239,7 +239,7 @@ def test_damaged_codebooks_are_refused():
         ({"codebook": "trellis", "codebook_size": 8}, {"codebook_size": 16, "in_features": 32}, "codes is"),
         ({"codebook": "trellis", "codebook_size": 4}, {"codebook_size": 8}, "no whole number of 3-bit codes"),
         ({"rank": 3}, {"rank": 4}, "basis is"),
-        ({"codebook": "rq-moe", "num_stages": 2, "num_groups": 2}, {"num_groups": 3}, "codebook is"),
+        ({"codebook": "rq-grouped", "num_stages": 2, "num_groups": 2}, {"num_groups": 3}, "codebook is"),
     ],
 )
 def test_tensors_of_another_shape_than_the_formats_are_refused(options, change, message):
