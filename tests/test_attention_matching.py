@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kbvq.method.target_weights import RIDGE
+from kbvq.method.target_weights import RIDGE, TOKENS_PER_CHANNEL
 from kbvq.models.calibration import LayerRunner
 from kbvq.quantization.attention_matching import match_attention_, output_projection
 
@@ -55,7 +55,8 @@ def test_fit_is_the_weighted_ridge_solution(bias):
         assert torch.equal(layer.attention.last.bias, offset)
     # min Σ w ‖y − M a‖² + penalty ‖M − old‖², as one least-squares problem over stacked rows.
     root = weights.flatten().double().sqrt()[:, None]
-    penalty = RIDGE * (root * inputs).square().sum(0).mean()
+    strength = RIDGE * max(1, TOKENS_PER_CHANNEL * INNER / weights.numel())
+    penalty = strength * (root * inputs).square().sum(0).mean()
     rows = torch.cat([root * inputs, penalty.sqrt() * torch.eye(INNER, dtype=torch.float64)])
     goals = torch.cat([root * wanted, penalty.sqrt() * old.T.double()])
     expected = torch.linalg.lstsq(rows, goals).solution.T

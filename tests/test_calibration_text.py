@@ -193,3 +193,13 @@ def test_long_document_gives_no_warning(caplog, trained_model, data):
     assert "longer than" not in caplog.text
     for decoded in tokenizer.batch_decode(tokens):
         assert decoded.strip("\ufffd") in texts[0]
+
+
+def test_further_windows_follow_the_same_first_ones():
+    texts = [" ".join(f"w{i // 100 + 2} w{i % 100 + 2}" for i in range(200))]  # 400 tokens, 25 windows, all different
+    settings = {"samples": 5, "sequence_length": 16, "seed": 3, "vocab_size": VOCAB_SIZE}
+    first = calibration_windows(texts, tiny_tokenizer(), **settings)
+    more = calibration_windows(texts, tiny_tokenizer(), further=7, **settings)
+    assert more.shape == (12, 16) and torch.equal(more[:5], first)
+    assert len({tuple(window) for window in more.tolist()}) == 12
+    assert len(calibration_windows(texts, tiny_tokenizer(), further=1000, **settings)) == 25

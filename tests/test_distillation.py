@@ -30,6 +30,7 @@ def test_distillation_lowers_the_divergence_and_changes_neither_codes_nor_router
     }
     assert divergence(original, tmp_path / "distilled") < 0.95 * divergence(original, tmp_path / "plain")
     assert records["plain"]["bits_per_weight"] == records["distilled"]["bits_per_weight"]
+    assert records["plain"]["calibration"]["tuning_samples"] == 0
     plain, tuned, again = (
         {k: v for file in sorted((tmp_path / name).glob("*.safetensors")) for k, v in load_file(file).items()}
         for name in ("plain", "distilled", "again")

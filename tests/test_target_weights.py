@@ -29,6 +29,11 @@ def data(tokens=TOKENS):
 
 def test_goal_is_ridge_regression_toward_the_original_weights():
     original, inputs, targets, weights = data()
+    check_ridge(original, inputs, targets, weights, RIDGE * max(1, TOKENS_PER_CHANNEL * IN / TOKENS))
+
+
+def test_plenty_of_tokens_are_pulled_no_less():
+    original, inputs, targets, weights = data(tokens=2 * int(TOKENS_PER_CHANNEL) * IN)
     check_ridge(original, inputs, targets, weights, RIDGE)
 
 

@@ -24,7 +24,7 @@ from kbvq.structures import InputMoments
 RIDGE = 0.01
 """Pull toward the original weights, as a fraction of the mean second moment of the inputs, with plenty of tokens."""
 
-TOKENS_PER_CHANNEL = 8.0
+TOKENS_PER_CHANNEL = 160.0
 """An expert with fewer tokens than that for each input channel is pulled harder, in proportion: its sums would be
 fitted, not its function."""
 

@@ -56,11 +56,13 @@ def calibration_windows(
     sequence_length: int,
     seed: int,
     vocab_size: int,
+    further: int = 0,
 ) -> Tensor:
     """Windows of consecutive tokens, [samples, sequence_length] int64.
 
     The documents are tokenized without special tokens, joined by the end-of-text token if there is one, and cut into
-    windows that do not overlap; `samples` of them are drawn by seed without replacement and kept in text order.
+    windows that do not overlap; `samples` of them are drawn by seed without replacement and kept in text order. Up to
+    `further` others follow them in the same way, as many as there are: more rows, and the first ones stay the same.
 
     Raises CalibrationError when there are too few windows, or a token that the model (vocab_size) does not have.
     """
@@ -86,8 +88,9 @@ def calibration_windows(
             f"{samples}; pass fewer --samples, a shorter --sequence-length or more text"
         )
     windows = tokens[: num_windows * sequence_length].view(num_windows, sequence_length)
-    drawn = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))[:samples]
-    return windows[drawn.sort().values]
+    order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))
+    first, others = order[:samples], order[samples : samples + further]
+    return windows[torch.cat([first.sort().values, others.sort().values])]
 
 
 def _read_file(path: Path) -> list[str]:

@@ -30,7 +30,7 @@ from kbvq.models.layer_stream import LayerStream, resolve_model_folder
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.models.ranks import ONE, Ranks, join_ranks
 from kbvq.quantization.block_tuning import windows_per_step
-from kbvq.quantization.distillation import distill
+from kbvq.quantization.distillation import distill, tuning_windows
 from kbvq.quantization.fingerprint import run_fingerprint
 from kbvq.quantization.layer_quantization import quantize_layer
 from kbvq.quantization.planning import budget_plan, check_budget, uniform_plan
@@ -132,7 +132,7 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
     prepared = prepare_run(options)
     stream, ranks, plan = prepared.stream, prepared.ranks, prepared.plan
     with WorkFolder(options.output, overwrite=options.overwrite, ranks=ranks) as work:
-        token_ids = _calibration_windows(options, stream)
+        token_ids = _windows(options, stream)
         fingerprint = {}
         if ranks.is_first:
             logger.info("%s", "\n".join(plan.lines()))
@@ -155,7 +155,8 @@ class Run:
     hidden: the same behind the layers measured so far. disturbed, growth, bias_shares: by (bank, projection), peaks: by
         bank; see sensitivity.
     formats: of all banks, once they are chosen. budget: the record of that choice.
-    teacher, student: activations behind the layers quantized so far. layers: their records.
+    teacher, student: activations behind the layers quantized so far. layers: their records. further: the original's
+        activations of the windows that are for end-to-end tuning alone.
     shards: files of the checkpoint. waiting: files of layers that end-to-end tuning is still to change.
     """
 
@@ -168,9 +169,12 @@ class Run:
         work: WorkFolder,
         ranks: Ranks = ONE,
     ) -> None:
-        self.stream, self.token_ids, self.options, self.recipe = stream, token_ids, options, options.recipe
+        """token_ids: of the calibration windows, and behind them of those for end-to-end tuning (_windows)."""
+        self.stream, self.options, self.recipe = stream, options, options.recipe
         self.formats, self.work, self.ranks = formats, work, ranks
-        self.windows = Windows(stream, token_ids, work, ranks)
+        self.token_ids, self.further_ids = token_ids.tensor_split([options.samples])
+        self.windows = Windows(stream, self.token_ids, work, ranks)
+        self.further = Windows(stream, self.further_ids, work, ranks) if len(self.further_ids) else None
         self.writer = PackedCheckpointWriter(work.checkpoint, num_shards=stream.num_layers + 1)
 
     def stages(self, seconds: Mapping[str, float]) -> list[Stage]:
@@ -190,10 +194,12 @@ class Run:
         embedded = self.windows.embed()
         shard = self._write_shard(0, self.stream.outer_tensors)
         start = {"embedded": embedded, "shards": [shard], "formats": self.formats}
+        if self.further is not None:
+            start["further"] = self.further.embed()
         if self.recipe.budget:
             start |= {"hidden": embedded, "disturbed": {}, "growth": {}, "bias_shares": {}, "peaks": {}}
         else:
-            start |= self._first_activations(embedded)
+            start |= self._first_activations(start)
         return Step(start)
 
     def measure(self, index: int, carry: Carry) -> Step:
@@ -230,7 +236,7 @@ class Run:
         counts = Counter(row["code_bits"] for row in plan.record["projections"])  # type: ignore[attr-defined]
         text = ", ".join(f"{n} projections with {bits} code bits" for bits, n in sorted(counts.items()))
         chosen = {"formats": plan.formats, "budget": plan.record, "shards": carry["shards"]}
-        return Step(chosen | self._first_activations(carry["embedded"]), text)
+        return Step(chosen | self._first_activations(carry), text)
 
     def quantize(self, index: int, carry: Carry) -> Step:
         """Quantize the banks of a layer and carry both sets of activations on."""
@@ -240,7 +246,10 @@ class Run:
             for bank, format in zip(stream.banks, carry["formats"], strict=True)
             if bank.decoder_layer == index
         }
+        carry = dict(carry)
         with stream.layer(index) as layer:
+            if self.further is not None:
+                carry["further"] = self.further.runner(layer, index)(carry["further"])
             result = quantize_layer(
                 layer,
                 f"{stream.layers_path}.{index}",
@@ -251,7 +260,6 @@ class Run:
                 student=carry["student"],
                 seed=self.options.seed,
             )
-        carry = dict(carry)
         if self.recipe.distillation_steps:
             tensors = {name: tensor for bank in result.banks for name, tensor in bank.state_dict().items()}
             tensors |= result.dense
@@ -276,9 +284,10 @@ class Run:
             waiting |= load_file(self.work.path / file.name)
         packed = [_bank_from_tensors(format, waiting) for format in carry["formats"]]
         dense = {name: waiting[name] for name in waiting.keys() - {n for bank in packed for n in bank.state_dict()}}
-        tuned, dense = distill(
-            self.stream, packed, dense, self.token_ids, carry["teacher"], self.recipe, seed=self.options.seed
-        )
+        # On text that no layer was fitted to, where there is any: what was fitted to the other looks better than it is.
+        fresh = self.further is not None
+        token_ids, teacher = (self.further_ids, carry["further"]) if fresh else (self.token_ids, carry["teacher"])
+        tuned, dense = distill(self.stream, packed, dense, token_ids, teacher, self.recipe, seed=self.options.seed)
         owner = {bank.path: bank.decoder_layer for bank in self.stream.banks}
         shards = [
             self._write_layer(layer, [bank for bank in tuned if owner[bank.path] == layer], dense)
@@ -297,6 +306,7 @@ class Run:
             "calibration": {
                 "source": Path(options.calibration).name,
                 "samples": len(self.token_ids),
+                "tuning_samples": len(self.further_ids),
                 "sequence_length": self.token_ids.shape[1],
                 "seed": options.seed,
             },
@@ -333,8 +343,9 @@ class Run:
             },
         )
 
-    def _first_activations(self, embedded: Tensor) -> Carry:
-        return {"teacher": embedded, "student": embedded, "layers": [], "waiting": []}
+    def _first_activations(self, carry: Carry) -> Carry:
+        started = {"teacher": carry["embedded"], "student": carry["embedded"], "layers": [], "waiting": []}
+        return started | {name: carry[name] for name in ("further",) if name in carry}
 
     def _write_layer(self, index: int, banks: list[PackedBank], dense: Mapping[str, Tensor]) -> StoredFile:
         """One shard with a decoder layer: its tensors as stored but for those in `dense`, and its packed banks."""
@@ -406,19 +417,27 @@ def _sequence_length(options: QuantizeOptions, stream: LayerStream) -> int:
     return length
 
 
-def _calibration_windows(options: QuantizeOptions, stream: LayerStream) -> Tensor:
-    length = _sequence_length(options, stream)
+def _windows(options: QuantizeOptions, stream: LayerStream) -> Tensor:
+    """The windows that the layers are calibrated on, `options.samples`, and behind them those that end-to-end tuning
+    has to itself: one for each that it sees, or none where the text has not even as many as for calibration."""
+    length, recipe = _sequence_length(options, stream), options.recipe
+    further = tuning_windows(recipe, options.samples, length)
     tokenizer = AutoTokenizer.from_pretrained(stream.folder)
     # 16 characters a token is more than any tokenizer needs: enough text to draw from, without reading on for hours.
-    texts = load_texts(options.calibration, max_characters=16 * options.samples * length)
-    return calibration_windows(
+    texts = load_texts(options.calibration, max_characters=16 * (options.samples + further) * length)
+    windows = calibration_windows(
         texts,
         tokenizer,
         samples=options.samples,
         sequence_length=length,
         seed=options.seed,
         vocab_size=stream.text_config.vocab_size,
+        further=further,
     )
+    if len(windows) - options.samples < min(options.samples, further):
+        logger.info("the calibration text has too few windows for end-to-end tuning to have its own; it sees the same")
+        windows = windows[: options.samples]
+    return windows
 
 
 def _relative_error(student: Tensor, teacher: Tensor, store: ActivationStore) -> float:

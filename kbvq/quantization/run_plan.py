@@ -19,7 +19,7 @@ from kbvq.errors import ConfigError
 from kbvq.method.projection import quantize_projection
 from kbvq.models.layer_stream import LayerStream
 from kbvq.models.moe_adapters import ExpertBank
-from kbvq.quantization.distillation import trainable_dense
+from kbvq.quantization.distillation import trainable_dense, tuning_windows
 from kbvq.quantization.progress import format_seconds
 from kbvq.recipes import MAX_BITS, Recipe
 from kbvq.storage.checkpoint import check_disk_space
@@ -111,7 +111,8 @@ def make_plan(
         packed = min(packed, int(recipe.bits * num_weights / 8))
     replaced = num_weights * stream.source_dtype.itemsize
     output = stream.source_bytes - replaced + packed
-    activations = samples * sequence_length * config.hidden_size * stream.dtype.itemsize
+    of_window = sequence_length * config.hidden_size * stream.dtype.itemsize
+    activations, tuning = samples * of_window, tuning_windows(recipe, samples, sequence_length) * of_window
     return RunPlan(
         model=f"{type(stream.model).__name__} ({config.model_type})",
         num_layers=stream.num_layers,
@@ -131,6 +132,7 @@ def make_plan(
                 # the first pass one and the embeddings.
                 "activations": (5 if recipe.matching else 4) * activations,
                 "disturbed activations": 2 * disturbed_bytes(stream, samples, sequence_length) if recipe.budget else 0,
+                "activations for tuning": 2 * tuning,
                 "banks until they are tuned": packed if recipe.distillation_steps else 0,
             }
         ),
