@@ -48,6 +48,14 @@ def test_loaded_model_computes_with_the_decoded_weights(tmp_path, text, arch):
                 dense.gate_proj.weight.data, dense.up_proj.weight.data = weights[0].chunk(2)
             else:
                 dense.down_proj.weight.data = weights[0]
+    stored, changed = dict(loaded.named_parameters()), set()
+    for name, parameter in original.named_parameters():
+        if name in stored and not torch.equal(parameter, stored[name]):
+            parameter.data = stored[name].data
+            changed.add(name)
+    # Output projections of attention make up for the banks before; nothing else outside the banks is touched.
+    behind = range(min(bank.decoder_layer for bank in banks) + 1, len(original.model.layers))
+    assert changed == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in behind}
     torch.testing.assert_close(logits(loaded), logits(original), rtol=1e-4, atol=1e-4)
     assert (logits(loaded) - unquantized).abs().max() > 1e-3
     assert record["bits_per_weight"] == inspect_checkpoint(tmp_path / "packed")["bits_per_weight"]
