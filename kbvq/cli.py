@@ -1,4 +1,4 @@
-"""The command line: `kbvq quantize`, `eval`, `compare`, `report`, `lm-eval`, `inspect` and `verify`."""
+"""The command line: `kbvq quantize`, `chat`, `eval`, `compare`, `report`, `lm-eval`, `inspect` and `verify`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--codebook-scope", choices=("expert", "bank"), help="a codebook for each expert, or one for all of a layer"
     )
+
+    chat = commands.add_parser("chat", parents=[common], help="talk with a packed checkpoint")
+    chat.set_defaults(run=_chat)
+    chat.add_argument("folder", help="a packed checkpoint, or its name on the hub")
+    chat.add_argument("--prompt", help="answer this and end; a text that comes through a pipe is answered so too")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="of one answer (default: %(default)s)")
+    chat.add_argument(
+        "--temperature", type=float, default=0.7, help="0 takes the likeliest token always (default: %(default)s)"
+    )
+    chat.add_argument("--device", help="cpu, cuda, … or auto for all GPUs together (default: cuda where there is one)")
+    chat.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the one stored)")
 
     evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL to a baseline and lm-eval tasks")
     evaluate.set_defaults(run=_evaluate)
@@ -201,6 +212,21 @@ def _what_is_kept(options: argparse.Namespace) -> str:
     if options.run is not _quantize or not is_work_folder(work_folder(options.output)):
         return ""
     return f": what is finished is in {work_folder(options.output)}, and the same command goes on from there"
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from kbvq.serving.chat import Chat, ChatOptions, typed_lines
+
+    settings = ChatOptions(options.max_new_tokens, options.temperature)
+    chat = Chat(*kbvq.load(options.folder, device=options.device, dtype=options.dtype), settings, sys.stdout)
+    if options.prompt is not None:
+        chat.answer_all([options.prompt])
+    elif sys.stdin.isatty():
+        manner = "Talk to it" if chat.has_template else "The model has no chat template: it goes on from what you type"
+        print(f"{manner}. /exit or the end of the input ends.", file=sys.stderr)
+        chat.answer_all(typed_lines())
+    else:
+        chat.answer_all([sys.stdin.read()])
 
 
 def _evaluate(options: argparse.Namespace) -> None:

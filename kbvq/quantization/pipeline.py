@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from kbvq.errors import ConfigError
 from kbvq.models.calibration import ActivationStore, LayerRunner
 from kbvq.models.calibration_text import calibration_windows, load_texts
+from kbvq.models.devices import choose_device
 from kbvq.models.layer_stream import LayerStream, resolve_model_folder
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.models.ranks import ONE, Ranks, join_ranks
@@ -100,7 +101,7 @@ class Prepared:
 
 def prepare_run(options: QuantizeOptions) -> Prepared:
     """Open the model, choose formats, and plan. Raises KbvqError subclasses for what cannot be quantized."""
-    device = _device(options.device)
+    device = choose_device(options.device)
     ranks = join_ranks(device)
     folder = resolve_model_folder(options.model)
     stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
@@ -395,13 +396,6 @@ class Windows:
             store=self.store,
             ranks=self.ranks,
         )
-
-
-def _device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-    return device
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:

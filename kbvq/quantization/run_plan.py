@@ -109,8 +109,7 @@ def make_plan(
     packed = sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS)
     if recipe.budget:
         packed = min(packed, int(recipe.bits * num_weights / 8))
-    replaced = num_weights * stream.source_dtype.itemsize
-    output = stream.source_bytes - replaced + packed
+    output = stream.dense_bytes + packed
     of_window = sequence_length * config.hidden_size * stream.dtype.itemsize
     activations, tuning = samples * of_window, tuning_windows(recipe, samples, sequence_length) * of_window
     return RunPlan(
