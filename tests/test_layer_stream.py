@@ -390,7 +390,7 @@ def test_folder_without_weights_or_config(tmp_path):
         open_stream(tmp_path)
 
 
-@pytest.mark.parametrize("quantization, name", [({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, "an unnamed method")])
+@pytest.mark.parametrize("quantization, name", [({"quant_method": "awq"}, "awq"), ({"bits": 4}, "an unnamed method")])
 def test_quantized_model_is_refused(tmp_path, quantization, name):
     save_tiny_model(tmp_path, "qwen3_moe")
     edit_json(tmp_path / "config.json", quantization_config=quantization)
