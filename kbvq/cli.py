@@ -1,4 +1,4 @@
-"""The command line: `kbvq quantize`, `eval`, `compare`, `report`, `lm-eval`, `inspect` and `verify`."""
+"""The command line: `kbvq quantize`, `chat`, `eval`, `compare`, `report`, `lm-eval`, `inspect` and `verify`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import kbvq
 from kbvq.errors import ConfigError, KbvqError
 from kbvq.models.calibration_text import DEFAULT_CALIBRATION
 from kbvq.quantization.pipeline import QuantizeOptions, dry_run, quantize_model
-from kbvq.recipes import CODES, DENSE_BITS, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
+from kbvq.recipes import CODES, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
 from kbvq.reporting import write_documents
 from kbvq.reporting.run_report import read_run
 from kbvq.reporting.summary import summary_text
@@ -66,13 +66,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"bits per expert weight with everything stored, any number from {MIN_BITS} to {MAX_BITS}; with --recipe "
         "paper or --no-budget: code bits, 1, 2, 3 or 4 (default: %(default)s)",
     )
-    quantize.add_argument(
-        "--dense-bits",
-        type=int,
-        choices=DENSE_BITS,
-        default=16,
-        help="bits per weight of attention, dense MLPs, embedding and head; 16 leaves them (default: %(default)s)",
-    )
     quantize.add_argument("--recipe", default="default", help=f"{' or '.join(RECIPE_NAMES)} (default: %(default)s)")
     quantize.add_argument("--samples", type=int, default=128, help="calibration windows (default: %(default)s)")
     quantize.add_argument(
@@ -102,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--codebook-scope", choices=("expert", "bank"), help="a codebook for each expert, or one for all of a layer"
     )
+
+    chat = commands.add_parser("chat", parents=[common], help="talk with a packed checkpoint")
+    chat.set_defaults(run=_chat)
+    chat.add_argument("folder", help="a packed checkpoint, or its name on the hub")
+    chat.add_argument("--prompt", help="answer this and end; a text that comes through a pipe is answered so too")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="of one answer (default: %(default)s)")
+    chat.add_argument(
+        "--temperature", type=float, default=0.7, help="0 takes the likeliest token always (default: %(default)s)"
+    )
+    chat.add_argument("--device", help="cpu, cuda, … or auto for all GPUs together (default: cuda where there is one)")
+    chat.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the one stored)")
 
     evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL to a baseline and lm-eval tasks")
     evaluate.set_defaults(run=_evaluate)
@@ -167,8 +171,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    changes: dict[str, object] = {"dense_bits": options.dense_bits}
-    changes |= {name: False for name in ("klt", "bcos", "budget") if not getattr(options, name)}
+    changes: dict[str, object] = {name: False for name in ("klt", "bcos", "budget") if not getattr(options, name)}
     for name in ("idre", "codebook", "codebook_scope"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
@@ -209,6 +212,21 @@ def _what_is_kept(options: argparse.Namespace) -> str:
     if options.run is not _quantize or not is_work_folder(work_folder(options.output)):
         return ""
     return f": what is finished is in {work_folder(options.output)}, and the same command goes on from there"
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from kbvq.serving.chat import Chat, ChatOptions, typed_lines
+
+    settings = ChatOptions(options.max_new_tokens, options.temperature)
+    chat = Chat(*kbvq.load(options.folder, device=options.device, dtype=options.dtype), settings, sys.stdout)
+    if options.prompt is not None:
+        chat.answer_all([options.prompt])
+    elif sys.stdin.isatty():
+        manner = "Talk to it" if chat.has_template else "The model has no chat template: it goes on from what you type"
+        print(f"{manner}. /exit or the end of the input ends.", file=sys.stderr)
+        chat.answer_all(typed_lines())
+    else:
+        chat.answer_all([sys.stdin.read()])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -271,14 +289,9 @@ def _inspect(options: argparse.Namespace) -> None:
                 f"{bank['path'] + '.' + projection:48} {row['codebook']:>8} {row['bits_per_weight']:7.3f} "
                 f"{row['code_bits']:7.3f} {row['rank']:5} {row['bytes']:14,}"
             )
-    for row in summary["dense"]:
-        print(
-            f"{row['path']:48} {row['weight']['codebook']:>8} {row['bits_per_weight']:7.3f} {row['code_bits']:7.3f} "
-            f"{'':5} {row['bytes']:14,}"
-        )
     print(
         f"experts: {summary['bits_per_weight']:.3f} bits per weight, {summary['code_bits']:.3f} in codes; "
-        f"whole model: {summary['model_bits_per_weight']:.3f} bits per weight, {summary['model_bytes']:,} bytes"
+        f"whole model: {summary['model_bytes']:,} bytes"
     )
 
 

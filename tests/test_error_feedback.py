@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kbvq.codes.codebooks import TableCodebook
+from kbvq.codes.codebooks import TableCodebook, TrellisCodebook
 from kbvq.errors import NumericalError
 from kbvq.method.error_feedback import (
     channel_order,
@@ -188,6 +188,46 @@ def test_compiled_blocks_are_coded_and_refitted_like_the_plain_loop(
         torch.set_num_threads(threads)
     monkeypatch.setattr(compiled, "feedback_library", lambda: None)
     alike(found, coded())
+
+
+@pytest.mark.parametrize(("experts", "rows", "n", "bits"), [(2, 92, 200, 2), (3, 40, 130, 1), (1, 4200, 6, 3)])
+def test_compiled_columns_of_a_trellis_are_coded_like_the_plain_loop(monkeypatch, experts, rows, n, bits):
+    """Equal in the first channel and then up to rounding, as above; a tie takes several values of its sequence along.
+    The last case has a sequence of two parts, which share the threads."""
+    generator = torch.Generator().manual_seed(6)
+    scale = 0.5 + torch.rand(experts, rows, generator=generator)
+    weights = torch.randn(experts, rows, n, generator=generator) * scale[..., None]
+    roots = torch.randn(experts, n, 2 * n, generator=generator) * torch.logspace(0, -1, n)[:, None]
+    factor = upper_factor(roots @ roots.mT / n, 0.01)
+    codebook = TrellisCodebook(ProjectionFormat(experts, rows, n, "trellis", 1, 1 << bits, num_codebooks=1))
+
+    def coded():
+        codes = encode_with_feedback(weights, factor, codebook, scale)
+        decoded = torch.cat([codebook.decode(codes[..., column]) for column in range(n)], -1)
+        return codes, ((weights - scale[..., None] * decoded) @ factor).double().square().sum()
+
+    found, error = coded()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        again, _ = coded()
+    finally:
+        torch.set_num_threads(threads)
+    assert (again == found).double().mean() > 0.995
+    monkeypatch.setattr(TrellisCodebook, "code_block", lambda self, block, refit: False)
+    expected, error_of_loop = coded()
+    assert torch.equal(found[..., 0], expected[..., 0])
+    assert (found == expected).double().mean() > 0.95
+    torch.testing.assert_close(error, error_of_loop, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("where", ["weights", "factor"])
+def test_a_trellis_refuses_targets_that_are_not_finite(where):
+    weights, factor = torch.randn(1, 20, 30), torch.eye(30)[None].clone()
+    (weights if where == "weights" else factor)[0, 0, 3] = torch.nan
+    codebook = TrellisCodebook(ProjectionFormat(1, 20, 30, "trellis", 1, 4, num_codebooks=1))
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        encode_with_feedback(weights, factor, codebook, torch.ones(1, 20))
 
 
 def test_order_keeps_vectors_whole_and_starts_with_the_largest_inputs():

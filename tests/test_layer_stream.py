@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
 from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
-from kbvq.models import layer_stream
+from kbvq.models import layer_stream, stored_tensors
 from kbvq.models.layer_stream import LayerStream, resolve_model_folder
 from kbvq.models.moe_adapters import find_expert_banks
 
@@ -155,7 +155,7 @@ def test_tensors_of_banks_are_not_read(tmp_path, monkeypatch):
 
             yield Spy()
 
-    monkeypatch.setattr(layer_stream, "safe_open", spying_open)
+    monkeypatch.setattr(stored_tensors, "safe_open", spying_open)
     stream.layer_tensors(1)
     assert "model.layers.1.mlp.gate.weight" in read and "model.layers.1.mlp.shared_expert_gate.weight" in read
     assert not [key for key in read if ".experts." in key or ".shared_expert." in key or ".layers.0." in key]
@@ -164,8 +164,9 @@ def test_tensors_of_banks_are_not_read(tmp_path, monkeypatch):
 def test_description_of_the_source(tmp_path):
     model = save_tiny_model(tmp_path, "deepseek_v3", dtype=torch.bfloat16)
     stream = open_stream(tmp_path)
-    assert stream.source_dtype == torch.bfloat16
     assert stream.source_bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+    outside = [stream.outer_tensors(), *map(stream.layer_tensors, range(stream.num_layers))]
+    assert stream.dense_bytes == sum(tensor.nbytes for tensors in outside for tensor in tensors.values())
     assert stream.banks == find_expert_banks(model)
     assert stream.layers_path == "model.layers"
     assert stream.config.model_type == "deepseek_v3"
@@ -389,7 +390,7 @@ def test_folder_without_weights_or_config(tmp_path):
         open_stream(tmp_path)
 
 
-@pytest.mark.parametrize("quantization, name", [({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, "an unnamed method")])
+@pytest.mark.parametrize("quantization, name", [({"quant_method": "awq"}, "awq"), ({"bits": 4}, "an unnamed method")])
 def test_quantized_model_is_refused(tmp_path, quantization, name):
     save_tiny_model(tmp_path, "qwen3_moe")
     edit_json(tmp_path / "config.json", quantization_config=quantization)

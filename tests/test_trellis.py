@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from kbvq.codes.trellis import MULTIPLIERS, TrellisCode, levels
+from kbvq.codes.trellis import MULTIPLIERS, PART, TrellisCode, levels
 from kbvq.errors import ConfigError, NumericalError
 from kbvq_kernels import encode as compiled
 
@@ -113,7 +113,7 @@ def test_closed_search_is_optimal_for_its_seam_and_encode_close_to_the_best_seam
     best = torch.stack([cost(code, paths, v, w).argmin() for v, w in zip(values, weights, strict=True)])
     optimum = cost(code, paths[best], values, weights)
 
-    found = code.best_path(values, weights, paths[best, -1])
+    found = code.best_path(values, weights, paths[best, -1], paths[best, -1])
     for states in found.tolist():
         assert closed_walk(code, [s % (1 << code.bits) for s in states]) == states
     torch.testing.assert_close(cost(code, found, values, weights), optimum, rtol=1e-5, atol=1e-6)
@@ -143,7 +143,7 @@ def test_compiled_search_finds_the_codes_of_the_one_in_torch(monkeypatch, bits, 
     def codes_and_costs():
         codes = [code.encode(values), code.encode(values, weights)]
         decoded = [(w * (values - code.decode(c)).square()).sum(1) for c, w in zip(codes, (1, weights), strict=True)]
-        paths = [code.best_path(values, weights, s) for s in (None, seam)]
+        paths = [code.best_path(values, weights, s, s) for s in (None, seam)]
         return codes, torch.stack(decoded + [cost(code, path, values, weights).float() for path in paths])
 
     found, costs = codes_and_costs()
@@ -170,6 +170,20 @@ def test_compiled_search_stays_exact_over_long_sequences_and_does_not_depend_on_
     # An error of the costs that grew with the length would show in the second half.
     halves = (values - code.decode(codes)).square().unflatten(1, (2, -1)).mean((0, 2))
     torch.testing.assert_close(halves[0], halves[1], rtol=0.02, atol=0)
+
+
+@pytest.mark.usefixtures("search")
+def test_a_long_sequence_is_searched_in_parts_that_cost_little():
+    code = TrellisCode(2, 8)
+    values = unit_gaussian(2, 2 * PART + 1, seed=13)
+    weights = torch.rand(values.shape, generator=torch.Generator().manual_seed(14))
+    codes = code.encode(values, weights)
+    closed = (weights * (values - code.decode(codes)).square()).sum()
+    states = torch.tensor([closed_walk(code, row) for row in codes.flip(1).tolist()])
+    assert cost(code, states, values.flip(1), weights.flip(1)).sum() == pytest.approx(closed.item(), rel=1e-5)
+    # One search over everything is a lower bound; the two seams take a part of the 8 bits of their states from it.
+    lower_bound = cost(code, code.best_path(values.flip(1), weights.flip(1)), values.flip(1), weights.flip(1)).sum()
+    assert lower_bound < closed < 1.003 * lower_bound
 
 
 def test_closing_a_sequence_costs_little():

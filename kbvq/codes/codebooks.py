@@ -205,14 +205,19 @@ class TrellisCodebook:
         self._scratch: Tensor | None = None
 
     def code_block(self, block: FeedbackBlock, refit: Refit | None) -> bool:
-        return False  # the search for the codes of a column is compiled, and what is around it costs little
+        if not self.code.is_compiled(block.weights.device):
+            return False
+        mass = _relative_mass(block.scale.square())
+        self.code.encode_block(
+            block.weights, block.carried, block.factor, block.scale, mass, block.codes[0], block.error
+        )
+        return True
 
     def encode(self, targets: Tensor, metric: Tensor, mass: Tensor) -> Tensor:
         values = targets[..., 0]
         if self._scratch is None or self._scratch.device != values.device:
             self._scratch = self.code.scratch(len(values), values.shape[1], values.device)
-        weights = mass / mass.mean(1, keepdim=True)
-        return self.code.encode(values, weights, scratch=self._scratch)[None]
+        return self.code.encode(values, _relative_mass(mass), scratch=self._scratch)[None]
 
     def decode(self, codes: Tensor) -> Tensor:
         return self.code.decode(codes[0])[..., None]
@@ -222,6 +227,11 @@ class TrellisCodebook:
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         return {"codes": self.code.pack(codes[0].mT)}
+
+
+def _relative_mass(mass: Tensor) -> Tensor:
+    """How much each row counts [E, rows], in those of the mean."""
+    return mass / mass.mean(1, keepdim=True)
 
 
 def _signs(bits: Tensor, dim: int) -> Tensor:

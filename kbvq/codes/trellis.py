@@ -40,6 +40,13 @@ _GPU_STORED_COSTS = 1 << 29  # 2 GiB
 # Windows on each side of the seam. At length 512, 6 cost another 0.4 % of error, half the sequence saves 0.2 %.
 _SEAM_MEMORIES = 12
 
+PART = 2048
+"""Sequences of twice as many values and more are searched in parts of about so many, each between states that the
+values around its ends decide: parts wait for none of the others. Known to cpu_trellis.cpp too."""
+
+
+_NOT_FINITE = "the trellis got values that are NaN or infinite; check the weights they come from"
+
 
 def levels() -> Tensor:
     """The 256 reproduction levels, ascending and antisymmetric: float32, every one exact in float16."""
@@ -90,7 +97,7 @@ class TrellisCode:
 
         Callers that encode column after column should hold it: fresh memory can cost as much time as the search.
         """
-        if self._is_compiled(torch.device(device)):
+        if self.is_compiled(torch.device(device)):
             return torch.empty(0)
         batch = min(num_sequences, self._batch(length, torch.device(device)))
         return torch.empty(batch * self._stored_costs(length), device=device)
@@ -104,7 +111,8 @@ class TrellisCode:
 
         The state across the seam, where the sequence closes on itself, is first found by a search without constraint
         in the values around it, then held in the search over all values: exact but for that state. At length 512 the
-        error is 0.5 % above that of an endless sequence. On a CPU with a C++ compiler the search is compiled and takes
+        error is 0.5 % above that of an endless sequence. A sequence of several times PART has a seam at the end of each
+        part. On a CPU with a C++ compiler the search is compiled and takes
         a sequence after the other; without, and on a GPU, every step handles all sequences at once, so that the time
         per value is least for many (64 of 512). Both find the same codes but for ties of the costs as rounded.
 
@@ -114,35 +122,93 @@ class TrellisCode:
         """
         self._check_values(values, weights)
         length = values.shape[1]
-        reach = min(_SEAM_MEMORIES * self.memory, length // 2)
-        if self._is_compiled(values.device):
+        if self.is_compiled(values.device):
             weights = None if weights is None else weights.float()
-            return compiled.trellis_encode(values.float(), weights, self.codewords(), self.bits, reach)
+            return compiled.trellis_encode(values.float(), weights, self.codewords(), self.bits, self._reach(length))
         values = values.float().flip(1)  # in the order in which states follow each other
         weights = torch.ones_like(values) if weights is None else weights.float().flip(1)
         if scratch is None:
             scratch = self.scratch(len(values), length, values.device)
-        around = torch.cat([torch.arange(length - reach, length), torch.arange(reach)]).to(values.device)
-        seam = self.best_path(values[:, around], weights[:, around], scratch=scratch)[:, reach - 1]
-        states = self.best_path(values, weights, seam, scratch=scratch)
+        states = self._closed_path(values, weights, scratch)
         return (states & ((1 << self.bits) - 1)).to(torch.uint8).flip(1)
 
+    def encode_block(
+        self,
+        weights: Tensor,
+        carried: Tensor,
+        factor: Tensor,
+        scale: Tensor,
+        mass: Tensor,
+        codes: Tensor,
+        error: Tensor,
+    ) -> None:
+        """Codes of a block of channels with error feedback, compiled; see kbvq_kernels.encode.trellis_block."""
+        rows = weights.shape[1]
+        if rows < self.memory:
+            raise ConfigError(f"a trellis needs sequences of {self.memory} values or more, not {rows}")
+        finite = compiled.trellis_block(
+            weights,
+            carried,
+            factor,
+            self.codewords(),
+            scale,
+            mass,
+            codes,
+            error,
+            bits=self.bits,
+            reach=self._reach(rows),
+        )
+        if not finite:
+            raise NumericalError(_NOT_FINITE)
+
+    def _reach(self, length: int) -> int:
+        """Values on each side of a seam that decide its state."""
+        return min(_SEAM_MEMORIES * self.memory, length // 2)
+
+    def _closed_path(self, values: Tensor, weights: Tensor, scratch: Tensor) -> Tensor:
+        """States of tail-biting sequences, [num_sequences, length]; arguments in the order of the states."""
+        (count, length), device = values.shape, values.device
+        parts, reach = max(1, length // PART), self._reach(length)
+        starts = torch.arange(parts + 1, device=device) * length // parts
+
+        def search(places: Tensor, before: Tensor | None = None, last: Tensor | None = None) -> Tensor:
+            """Best paths of the values at `places` [parts, size], of all sequences: [num_sequences, parts, size]."""
+            chosen = [t[:, places].flatten(0, 1) for t in (values, weights)]
+            ends = [None if t is None else t.flatten() for t in (before, last)]
+            return self.best_path(*chosen, *ends, scratch=scratch).unflatten(0, (count, len(places)))
+
+        around = torch.arange(-reach, reach, device=device)
+        seams = search((starts[:-1, None] + around) % length)[..., reach - 1]
+        states = torch.empty(values.shape, dtype=torch.int64, device=device)
+        sizes = starts.diff()
+        for size in sizes.unique().tolist():
+            chosen = (sizes == size).nonzero()[:, 0]
+            places = starts[chosen, None] + torch.arange(size, device=device)
+            states[:, places] = search(places, seams[:, chosen], seams[:, (chosen + 1) % parts])
+        return states
+
     def best_path(
-        self, values: Tensor, weights: Tensor, seam: Tensor | None = None, *, scratch: Tensor | None = None
+        self,
+        values: Tensor,
+        weights: Tensor,
+        before: Tensor | None = None,
+        last: Tensor | None = None,
+        *,
+        scratch: Tensor | None = None,
     ) -> Tensor:
         """Viterbi search: the states s_t = (s_{t−1} << bits | code_t) mod 2^state_bits of least cost
         Σ_t weights_t (values_t − codeword(s_t))², summed in float32 (on a GPU: unless torch is told to allow TF32).
 
         values, weights: [num_sequences, length] float32, in the order of the states (which `encode` reverses).
-        seam: [num_sequences] int64 states, or None for a free start and end. With it, the state before s_0 and the last
-        state agree with the seam in all but the oldest code, the one that s_0 no longer contains; so the path closes.
+        before, last: [num_sequences] int64 states, both or none: with which the state before s_0 and the last state
+        agree in all but the oldest code, the one that s_0 no longer contains; where both are the same, the path closes.
         scratch: as in `encode`.
 
         Returns [num_sequences, length] int64.
         """
         count, length = values.shape
-        if self._is_compiled(values.device):
-            return compiled.trellis_paths(values, weights, self.codewords(), self.bits, seam)
+        if self.is_compiled(values.device):
+            return compiled.trellis_paths(values, weights, self.codewords(), self.bits, before, last)
         if scratch is None:
             scratch = self.scratch(count, length, values.device)
         batch = min(self._batch(length, values.device), max(1, scratch.numel() // self._stored_costs(length)))
@@ -154,10 +220,11 @@ class TrellisCode:
         paths = [torch.empty(0, length, dtype=torch.int64, device=values.device)]
         for start in range(0, count, batch):
             part = slice(start, start + batch)
-            paths.append(self._search(values[part].T, weights[part].T, None if seam is None else seam[part], scratch))
+            ends = None if before is None or last is None else (before[part], last[part])
+            paths.append(self._search(values[part].T, weights[part].T, ends, scratch))
         return torch.cat(paths)
 
-    def _is_compiled(self, device: torch.device) -> bool:
+    def is_compiled(self, device: torch.device) -> bool:
         """Whether the compiled search runs: on a CPU, for all but the smallest trellises, where it could be built."""
         groups = 1 << self.state_bits - self.bits
         return device.type == "cpu" and groups >= compiled.MIN_GROUPS and compiled.trellis_library() is not None
@@ -173,7 +240,7 @@ class TrellisCode:
             limit = _GPU_STORED_COSTS // self._stored_costs(length)
         return max(1, limit)
 
-    def _search(self, values: Tensor, weights: Tensor, seam: Tensor | None, scratch: Tensor) -> Tensor:
+    def _search(self, values: Tensor, weights: Tensor, ends: tuple[Tensor, Tensor] | None, scratch: Tensor) -> Tensor:
         """`best_path` of one batch; values and weights are [length, num_sequences].
 
         The cost of a path is kept under its state's *slot*: the bits of the state rotated left by bits·j,
@@ -193,10 +260,10 @@ class TrellisCode:
         terms = torch.stack([weights, -2 * weights * values, weights * values.square()], 1).unbind()
 
         best = scratch[: length * groups * count].view(length, groups, count)  # least cost of arriving in a group
-        if seam is None:
+        if ends is None:
             best[0].zero_()
         else:
-            best[0].fill_(torch.inf).scatter_(0, (seam % groups)[None], 0.0)
+            best[0].fill_(torch.inf).scatter_(0, (ends[0] % groups)[None], 0.0)
         arrivals = best.unbind()
         cost = values.new_empty(states, count)
         axes = [cost.view(-1, fanout, 1 << bits * j, count) for j in range(memory)]
@@ -212,12 +279,12 @@ class TrellisCode:
             axes[j].copy_(arrival)
             cost.addmm_(emissions[j], term)
 
-        if seam is None:
+        if ends is None:
             slot = cost.argmin(0)
         else:
-            ends = (seam % groups) + groups * torch.arange(fanout, device=device)[:, None]
-            ends = _rotate(ends, bits * (-(length - 1) % memory), self.state_bits)
-            slot = ends.gather(0, cost.gather(0, ends).argmin(0, keepdim=True))[0]
+            final = (ends[1] % groups) + groups * torch.arange(fanout, device=device)[:, None]
+            final = _rotate(final, bits * (-(length - 1) % memory), self.state_bits)
+            slot = final.gather(0, cost.gather(0, final).argmin(0, keepdim=True))[0]
 
         # Backwards. The oldest code of the predecessor is the one that gave the minimum: to find it again for one state
         # per step is cheaper than to store it for all of them. `places`: where arrivals, flat, hold sequence 0 of the
@@ -296,7 +363,7 @@ class TrellisCode:
         if weights is not None and weights.shape != values.shape:
             raise ConfigError(f"weights {list(weights.shape)} must have the shape of values, {list(values.shape)}")
         if not torch.isfinite(values).all():
-            raise NumericalError("the trellis got values that are NaN or infinite; check the weights they come from")
+            raise NumericalError(_NOT_FINITE)
         if weights is not None and not (torch.isfinite(weights) & (weights >= 0)).all():
             raise NumericalError("the trellis got error weights that are negative, NaN or infinite")
 

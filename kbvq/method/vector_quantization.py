@@ -31,12 +31,6 @@ def row_scales(weights: Tensor) -> Tensor:
     return weights.square().mean(-1).sqrt().clamp_min(smallest).half().float()
 
 
-def row_slopes(weight: Tensor, quantized: Tensor, second_moment: Tensor) -> Tensor:
-    """By what each row of a quantized matrix is best multiplied, ⟨w, ŵ⟩_H / ⟨ŵ, ŵ⟩_H: [out_features] float32."""
-    weighted = quantized @ second_moment
-    return (weighted * weight).sum(1) / (weighted * quantized).sum(1).clamp_min(1e-30)
-
-
 def column_scales(
     weights: Tensor, recipe: Recipe, distortion: float, *, scale: Tensor, moments: InputMoments
 ) -> Tensor:

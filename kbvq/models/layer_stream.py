@@ -11,20 +11,18 @@ import ctypes
 import inspect
 import json
 import logging
-import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -39,14 +37,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
 from kbvq.models.moe_adapters import decoder_layers, find_expert_banks
+from kbvq.models.stored_tensors import STORED_DTYPES, TABLE_DTYPES, StoredTensors, check_source_quantization
 
 logger = logging.getLogger("kbvq")
-
-STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors dtypes that a weight may have."""
-
-TABLE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-"""And those of tables of integers, which some models keep beside their weights."""
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
 
@@ -80,15 +73,6 @@ def resolve_model_folder(name_or_path: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _StoredTensor:
-    """A tensor of a shard, as its header describes it. dtype: in safetensors notation, e.g. "BF16"."""
-
-    shard: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Source:
     """What a parameter of the model is made from.
 
@@ -110,7 +94,9 @@ class LayerStream:
         then works on text. text_config: the part of its config that describes the decoder layers.
     banks: its banks of experts (find_expert_banks). layers: its decoder layers. layers_path: their module path.
     shards: the files that hold its tensors.
-    source_bytes: size of the stored tensors that the model uses. source_dtype: the dtype of most of those bytes.
+    source_bytes: size of the stored tensors that the model uses. dense_bytes: of what is outside the banks, as
+        `layer_tensors` and `outer_tensors` give it. source_quantization: the checkpoint's quantization_config, if it is
+        published in FP8 or MXFP4; such weights are decoded when they are read.
 
     Raises CheckpointError for a missing or unreadable file, a missing, misshapen or unsupported tensor and a model that
     is already quantized; UnsupportedModelError for a model that kbvq cannot quantize. No weight is read for that.
@@ -120,7 +106,7 @@ class LayerStream:
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         self._before_layers: list[str] = []  # names of the tensors that are in memory for `layer_inputs`
         self._arguments_checked = False
-        self.config = _load_config(folder)
+        self.config, self.source_quantization = _load_config(folder)
         self.model = _build_skeleton(self.config, dtype)
         self.text_config = self.config.get_text_config()
         self.banks = find_expert_banks(self.model)
@@ -128,7 +114,8 @@ class LayerStream:
         self.num_layers = len(self.layers)
         self._initialize_buffers(self.model)
 
-        self._stored = _read_headers(folder)
+        self._files = StoredTensors(folder, self.source_quantization)
+        self._stored = self._files.tensors
         self._skeleton = self.model.state_dict()
         self._float32 = [pattern.replace("*", ".*") for pattern in self.model._get_dtype_plan(dtype)]
         self._sources = self._match_sources()
@@ -141,21 +128,22 @@ class LayerStream:
                 self._sources.setdefault(first, self._sources[name])
         self._check_sources()
 
-        bytes_of: Counter[torch.dtype] = Counter()
-        for key in {key for source in self._sources.values() for _, key in source.keys}:
-            stored = self._stored[key]
-            dtype = (STORED_DTYPES | TABLE_DTYPES)[stored.dtype]
-            bytes_of[dtype] += math.prod(stored.shape) * dtype.itemsize
-        self.shards = sorted({stored.shard for stored in self._stored.values()})
-        self.source_bytes = bytes_of.total()
-        self.source_dtype = bytes_of.most_common(1)[0][0]
+        used = {key for source in self._sources.values() for _, key in source.keys}
+        self.shards = self._files.shards
+        self.source_bytes = sum(self._stored[key].num_bytes for key in used)
+        in_banks = tuple(f"{bank.path}." for bank in self.banks)
+        self.dense_bytes = sum(
+            self._skeleton[name].numel() * self._written_dtype(name).itemsize
+            for name in self._sources
+            if name not in self._tied and not name.startswith(in_banks)
+        )
 
     def check_finite(self) -> None:
         """Read every weight once; NumericalError names the first with a NaN or an infinity."""
         keys = sorted({key for source in self._sources.values() for _, key in source.keys}, key=dot_natural_key)
         for key in tqdm(keys, desc="checking weights", unit="tensor", disable=None):
             # Reopened for each tensor: pages of a mapped shard count as memory in use until it is closed.
-            with self._open_shards() as fetch:
+            with self._files.open() as fetch:
                 for chunk in fetch(key).flatten().split(_FINITE_CHUNK):
                     # The extremes of a tensor are NaN if anything is.
                     if chunk.numel() and not torch.stack(torch.aminmax(chunk)).isfinite().all():
@@ -269,7 +257,7 @@ class LayerStream:
                 self.model.set_submodule(path, module)
             with self._materialized([name for name in self._skeleton if not name.startswith(prefixes)]):
                 for name, tensor in dense.items():
-                    self.replace_(name, tensor)
+                    self._put(name, tensor.to(self.device, self.model.get_parameter(name).dtype))
                 yield self.model
         finally:
             for path, module in originals.items():
@@ -292,23 +280,6 @@ class LayerStream:
                 if forward is not None:
                     layer.forward = forward
 
-    def head_inputs(self, hidden_states: Tensor) -> Tensor:
-        """What the head gets of the last decoder layer's output, of the same shape. Inside `head` or `whole` only."""
-        inputs: list[Tensor] = []
-
-        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs.append(arguments[0])
-            raise _LayersPassed
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
-        try:
-            self.logits(hidden_states)
-        except _LayersPassed:
-            pass
-        finally:
-            hook.remove()
-        return inputs[0]
-
     def layer_tensors(self, index: int, dense: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of decoder layer `index` outside its banks, by their names in the model, in the dtype stored;
         those in `dense` with its values."""
@@ -329,29 +300,6 @@ class LayerStream:
             if name in tensors and torch.equal(tensors[name], tensors[first]):
                 del tensors[name]
         return tensors
-
-    def keeps_float32(self, name: str) -> bool:
-        """Whether `from_pretrained` keeps a parameter in float32 whatever the dtype of the model."""
-        return any(re.search(pattern, name) for pattern in self._float32)
-
-    def is_tied(self, name: str, first: str) -> bool:
-        """Whether two parameters of the model are one, by the config and by what the checkpoint stores; reads both only
-        where it stores both."""
-        if self._tied.get(name) != first and self._tied.get(first) != name:
-            return False
-        if name not in self._sources or first not in self._sources or self._sources[name] is self._sources[first]:
-            return True
-        tensors = self._read([name, first])
-        return torch.equal(tensors[name], tensors[first])
-
-    def weight(self, name: str) -> Tensor:
-        """A parameter in the dtype stored, on `device`."""
-        stored = name if name in self._sources else self._tied[name]
-        return self._read([stored])[stored].to(self.device)
-
-    def replace_(self, name: str, tensor: Tensor) -> None:
-        """Put other values in the place of a parameter that is in memory, until it leaves it."""
-        self._put(name, tensor.to(self.device, self.model.get_parameter(name).dtype))
 
     def _match_sources(self) -> dict[str, _Source]:
         """Name in the model -> the stored tensors it is made from, as `from_pretrained` matches them."""
@@ -431,19 +379,24 @@ class LayerStream:
         tensor = converter.convert(name, model=self.model, config=self.config)[name]
         return tensor[0] if isinstance(tensor, list) else tensor
 
+    def _written_dtype(self, name: str) -> torch.dtype:
+        """That of a parameter outside the banks in the packed checkpoint."""
+        return (STORED_DTYPES | TABLE_DTYPES)[self._stored[self._sources[name].keys[0][1]].dtype]
+
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         """Parameters in the dtype stored, on the CPU."""
-        with self._open_shards() as fetch:
+        with self._files.open() as fetch:
             return {name: self._assemble(name, fetch) for name in names}
 
     def _materialize(self, names: list[str]) -> None:
         """Give these parameters and buffers their weights."""
-        with self._open_shards() as fetch:
+        with self._files.open() as fetch:
             for name in names:
                 stored = name if name in self._sources else self._tied[name]
-                dtype = torch.float32 if self.keeps_float32(name) else self._skeleton[name].dtype
+                dtype = torch.float32 if self._keeps_float32(name) else self._skeleton[name].dtype
                 # Cast once fused: a copy of each expert in a wider dtype would cost more memory than the layer itself.
-                tensor = self._assemble(stored, lambda key: fetch(key).to(self.device)).to(dtype)
+                read = partial(fetch, device=self.device, dtype=dtype)
+                tensor = self._assemble(stored, read).to(dtype)
                 self._put(name, tensor)
 
     @contextmanager
@@ -479,23 +432,12 @@ class LayerStream:
         else:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
-    @contextmanager
-    def _open_shards(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function from the name of a stored tensor to the tensor; shards are opened when first needed."""
-        with ExitStack() as stack:
-            opened: dict[Path, safe_open] = {}
-
-            def fetch(key: str) -> Tensor:
-                shard = self._stored[key].shard
-                if shard not in opened:
-                    opened[shard] = stack.enter_context(safe_open(shard, framework="pt"))
-                return opened[shard].get_tensor(key)
-
-            yield fetch
+    def _keeps_float32(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self._float32)
 
 
 class _LayersPassed(Exception):
-    """Ends the model's forward once the inputs of its last layer, or of the head, are recorded."""
+    """Ends the model's forward once the inputs of its last layer are recorded."""
 
 
 def return_freed_memory() -> None:
@@ -508,7 +450,8 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def _load_config(folder: Path) -> PreTrainedConfig:
+def _load_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
+    """The config without its quantization_config, and that."""
     path = folder / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -516,25 +459,34 @@ def _load_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{folder} has no config.json; pass the folder of a transformers model") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if quantization := data.get("quantization_config"):
-        method = quantization.get("quant_method", "an unnamed method")
-        raise CheckpointError(f"{folder} is already quantized by {method}; pass the original, unquantized model")
+    quantization = check_source_quantization(folder, data)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{path} describes no model that transformers knows: {error}") from error
+    if quantization is not None:
+        del config.quantization_config
+    return config, quantization
 
 
-def _build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    config.use_cache = False
+def auto_class(config: PreTrainedConfig) -> type:
+    """The auto class of transformers that makes the model a checkpoint was saved from, of those that write text.
+
+    Raises UnsupportedModelError when there is none.
+    """
     classes = [
         auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
     ]
     if not classes:
         raise UnsupportedModelError(f"{config.model_type} is no causal language model that transformers knows")
     named = [c for c in classes if c._model_mapping[type(config)].__name__ in (config.architectures or ())]
+    return (named or classes)[0]
+
+
+def _build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    config.use_cache = False
     with torch.device("meta"):
-        model = (named or classes)[0].from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval().requires_grad_(False)
 
 
@@ -547,31 +499,3 @@ def _equal(one: object, two: object) -> bool:
     if isinstance(one, (tuple, list)) and isinstance(two, (tuple, list)):
         return len(one) == len(two) and all(map(_equal, one, two))
     return type(one) is type(two) and (not isinstance(one, (int, float, str, bool)) or one == two)
-
-
-def _read_headers(folder: Path) -> dict[str, _StoredTensor]:
-    """Every stored tensor of a folder by its name, from the headers of the shards."""
-    index = folder / "model.safetensors.index.json"
-    weight_map: dict[str, str] = {}
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} cannot be read: {error!r}") from error
-    shards = sorted(set(weight_map.values())) or ["model.safetensors"]
-    stored: dict[str, _StoredTensor] = {}
-    for shard in shards:
-        path = folder / shard
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; kbvq needs the complete checkpoint as safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    header = file.get_slice(key)
-                    stored[key] = _StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}); download it again") from error
-    for key, shard in weight_map.items():
-        if key not in stored:
-            raise CheckpointError(f"{folder / shard} lacks {key}, which the index places there; download both again")
-    return stored

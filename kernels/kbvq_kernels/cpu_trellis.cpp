@@ -1,4 +1,5 @@
-// Chooses codes on the CPU: the best path through a bit-shift trellis. Compiled on first use by encode.py.
+// Chooses codes on the CPU: the best path through a bit-shift trellis, and what error feedback does around that search
+// to a block of channels. Compiled on first use by encode.py.
 //
 // A state is the last `state_bits` bits of the codes. States that differ in their oldest code alone, a group, continue
 // alike, so a step adds to the cost of arriving in each state its own error and keeps for every group the cheapest of
@@ -7,17 +8,37 @@
 // fills the registers. Costs are float32; the oldest code travels in the lowest bits of its state's cost through the
 // minimum, which makes costs two to four bits shorter, and is kept for the way back in `bits` bits (3: 4).
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <vector>
+#include <omp.h>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
+// A block of channels of every expert, coded column by column down its rows; see trellis_block of encode.py.
+struct KbvqTrellisBlock {
+    const float* weights;    // [E, R, width], with strides
+    float* carried;          // [E, R, width]: (W − Ŵ) M of the channels before; overwritten
+    const float* factor;     // M within the block, [E, width, width], with strides
+    const float* codewords;  // [states]
+    const float* scale;      // [E, R]
+    const float* mass;       // [E, R]: how much a row counts
+    uint8_t* codes;          // [E, R, width], with strides
+    float* error;            // W − Ŵ, [E, R, width], with strides
+    long experts, rows, width, states;
+    long weights_expert, weights_row, factor_expert, factor_row, codes_expert, codes_row, error_expert, error_row;
+};
+
 namespace {
 
 constexpr long kLanes = 8;
+// Values of a part: a sequence of several is searched in parts, between states that the values around them decide. That
+// costs what a seam costs, spread over so many values, and gives several threads something to do.
+constexpr long kPart = 2048;
 // Steps after which one cost is subtracted from all: near zero they keep their precision. By then every state can be
 // reached, however the path began: a window has at most 16 codes.
 constexpr long kRestart = 16;
@@ -89,18 +110,19 @@ class Search {
         words_ = groups_ / packed_;
     }
 
-    // The states of least cost; seam < 0: free start and end, else see TrellisCode.best_path.
-    void run(const float* values, const float* weights, long length, int64_t seam, int64_t* states) {
+    // The states of least cost; earlier, last: the state before the first and the last one, but for its oldest code, or
+    // < 0 where they are free.
+    void run(const float* values, const float* weights, long length, int64_t earlier, int64_t last, int64_t* states) {
         if (words_ * length > capacity_) choices_.reset(new uint32_t[capacity_ = words_ * length]);
         float *before = arrivals_[0].data(), *after = arrivals_[1].data();
-        std::fill(before, before + groups_, seam < 0 ? 0.0f : kNever);
-        if (seam >= 0) before[seam % groups_] = 0;
+        std::fill(before, before + groups_, earlier < 0 ? 0.0f : kNever);
+        if (earlier >= 0) before[earlier % groups_] = 0;
         for (long t = 0; t < length; ++t) {
             step(before, values[t], weights ? weights[t] : 1.0f, after, choices_.get() + t * words_);
             if (t % kRestart == kRestart - 1) restart(after);
             std::swap(before, after);
         }
-        long group = seam < 0 ? std::min_element(before, before + groups_) - before : seam % groups_;
+        long group = last < 0 ? std::min_element(before, before + groups_) - before : last % groups_;
         for (long t = length - 1; t >= 0; --t) {
             states[t] = choice(choices_.get() + t * words_, group) * groups_ + group;
             group = states[t] >> B;
@@ -146,48 +168,135 @@ class Search {
     long capacity_ = 0;
 };
 
-// The codes of one sequence, which the search runs through from its last value to the first.
-template <class Searcher>
-void encode(Searcher& search, const float* values, const float* weights, long length, long reach, int bits,
-            std::vector<float>* buffers, std::vector<int64_t>& states, uint8_t* codes) {
-    std::vector<float>&x = buffers[0], &w = buffers[1];
-    // once around the seam, from `reach` values before it to as many after it, then everything
-    const auto fill = [&](long from, long count) {
-        for (long t = 0; t < count; ++t) {
-            const long place = length - 1 - (from + t) % length;
-            x[t] = values[place];
-            w[t] = weights ? weights[place] : 1.0f;
+// Codes of tail-biting sequences, which the search runs through from their last value to the first.
+template <int B, long kGroups>
+class Encoder {
+  public:
+    // threads: that share a sequence of several parts.
+    Encoder(const float* codewords, long groups, long length, long reach, long threads)
+        : length_(length), reach_(reach), parts_(std::max(1L, length / kPart)), threads_(std::min(threads, parts_)),
+          seams_(parts_) {
+        const long longest = std::max(2 * reach, (length + parts_ - 1) / parts_);
+        for (long i = 0; i < threads_; ++i) workers_.emplace_back(codewords, groups, longest);
+    }
+
+    // The states at the ends of all parts first, each from the values around it; then everything between them.
+    void run(const float* values, const float* weights, uint8_t* codes) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads_) if (threads_ > 1)
+        for (long part = 0; part < parts_; ++part) {
+            Worker& worker = workers_[threads_ > 1 ? omp_get_thread_num() : 0];
+            worker.fill(values, weights, length_, length_ + start(part) - reach_, 2 * reach_);
+            worker.search(2 * reach_, -1, -1);
+            seams_[part] = worker.states[reach_ - 1];
         }
+#pragma omp parallel for schedule(dynamic) num_threads(threads_) if (threads_ > 1)
+        for (long part = 0; part < parts_; ++part) {
+            Worker& worker = workers_[threads_ > 1 ? omp_get_thread_num() : 0];
+            const long first = start(part), count = start(part + 1) - first;
+            worker.fill(values, weights, length_, first, count);
+            worker.search(count, seams_[part], seams_[(part + 1) % parts_]);
+            for (long t = 0; t < count; ++t) codes[length_ - 1 - first - t] = worker.states[t] & ((1 << B) - 1);
+        }
+    }
+
+  private:
+    struct Worker {
+        Worker(const float* codewords, long groups, long longest)
+            : of_trellis(codewords, groups), x(longest), w(longest), states(longest) {}
+
+        void fill(const float* values, const float* weights, long length, long from, long count) {
+            for (long t = 0; t < count; ++t) {
+                const long place = length - 1 - (from + t) % length;
+                x[t] = values[place];
+                w[t] = weights ? weights[place] : 1.0f;
+            }
+        }
+
+        void search(long count, int64_t before, int64_t last) {
+            of_trellis.run(x.data(), w.data(), count, before, last, states.data());
+        }
+
+        Search<B, kGroups> of_trellis;
+        std::vector<float> x, w;
+        std::vector<int64_t> states;
     };
-    fill(length - reach, 2 * reach);
-    search.run(x.data(), w.data(), 2 * reach, -1, states.data());
-    const int64_t seam = states[reach - 1];
-    fill(0, length);
-    search.run(x.data(), w.data(), length, seam, states.data());
-    for (long t = 0; t < length; ++t) codes[length - 1 - t] = states[t] & ((1 << bits) - 1);
-}
+
+    long start(long part) const { return length_ * part / parts_; }
+
+    const long length_, reach_, parts_, threads_;
+    std::vector<int64_t> seams_;  // the state before the first one of each part
+    std::deque<Worker> workers_;
+};
 
 template <int B, long kGroups>
 void encode_all(const float* values, const float* weights, const float* codewords, uint8_t* codes, long count,
                 long length, long groups, long reach, long threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    const long within = count < threads ? threads : 1, beside = within > 1 ? 1 : threads;
+#pragma omp parallel num_threads(beside) if (beside > 1)
     {
-        Search<B, kGroups> search(codewords, groups);
-        std::vector<float> buffers[2] = {std::vector<float>(length), std::vector<float>(length)};
-        std::vector<int64_t> states(length);
+        Encoder<B, kGroups> encoder(codewords, groups, length, reach, within);
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < count; ++i)
-            encode(search, values + i * length, weights ? weights + i * length : nullptr, length, reach, B, buffers,
-                   states, codes + i * length);
+            encoder.run(values + i * length, weights ? weights + i * length : nullptr, codes + i * length);
     }
 }
 
+// A block of channels of one expert, column after column: each is coded for what the errors before it leave to it.
+template <class Encoder>
+bool code_expert(Encoder& encoder, const KbvqTrellisBlock& b, const float* levels, long bits, long expert,
+                 std::vector<float>& target, std::vector<uint8_t>& codes) {
+    const float *scale = b.scale + expert * b.rows, *mass = b.mass + expert * b.rows;
+    const float* factor = b.factor + expert * b.factor_expert;
+    const uint32_t mask = (uint32_t)b.states - 1;
+    bool finite = true;
+    for (long column = 0; column < b.width; ++column) {
+        const float* weights = b.weights + expert * b.weights_expert + column;
+        float* carried = b.carried + expert * b.rows * b.width + column;
+        const float* passed = factor + column * b.factor_row;  // M of this channel and those behind it
+        const float metric = passed[column];
+        for (long row = 0; row < b.rows; ++row) {
+            target[row] = (weights[row * b.weights_row] + carried[row * b.width] / metric) / scale[row];
+            finite &= std::isfinite(target[row]);
+        }
+        if (!finite) return false;
+        encoder.run(target.data(), mass, codes.data());
+        uint32_t state = 0;  // of the code at hand: those behind it are its higher digits
+        for (long row = std::min(b.rows, 16 / bits) - 1; row >= 0; --row) state = state << bits | codes[row];
+        for (long row = b.rows - 1; row >= 0; --row) {
+            state = (state << bits | codes[row]) & mask;
+            const float wanted = weights[row * b.weights_row], error = wanted - scale[row] * levels[state];
+            b.codes[expert * b.codes_expert + row * b.codes_row + column] = codes[row];
+            b.error[expert * b.error_expert + row * b.error_row + column] = error;
+            float* __restrict rest = carried + row * b.width - column;
+            for (long next = column + 1; next < b.width; ++next) rest[next] += error * passed[next];
+        }
+    }
+    return true;
+}
+
+template <int B, long kGroups>
+bool code_block(const KbvqTrellisBlock& b, long groups, long reach, long threads) {
+    const long within = b.experts < threads ? threads : 1, beside = within > 1 ? 1 : threads;
+    bool finite = true;
+#pragma omp parallel num_threads(beside) if (beside > 1) reduction(&& : finite)
+    {
+        Encoder<B, kGroups> encoder(b.codewords, groups, b.rows, reach, within);
+        std::vector<float> target(b.rows);
+        std::vector<uint8_t> codes(b.rows);
+#pragma omp for schedule(dynamic)
+        for (long expert = 0; expert < b.experts; ++expert)
+            finite = code_expert(encoder, b, b.codewords, B, expert, target, codes) && finite;
+    }
+    return finite;
+}
+
 template <int B>
-void path_all(const float* values, const float* weights, const float* codewords, const int64_t* seams, int64_t* states,
-              long count, long length, long groups) {
+void path_all(const float* values, const float* weights, const float* codewords, const int64_t* firsts,
+              const int64_t* lasts, int64_t* states, long count, long length, long groups) {
     Search<B, 0> search(codewords, groups);
     for (long i = 0; i < count; ++i)
-        search.run(values + i * length, weights + i * length, length, seams ? seams[i] : -1, states + i * length);
+        search.run(values + i * length, weights + i * length, length, firsts ? firsts[i] : -1, lasts ? lasts[i] : -1,
+                   states + i * length);
 }
 
 template <int B>
@@ -196,6 +305,13 @@ void encode_any(const float* values, const float* weights, const float* codeword
     constexpr long kUsual = 4096 >> B;  // 12 state bits
     const auto run = groups == kUsual ? encode_all<B, kUsual> : encode_all<B, 0>;
     run(values, weights, codewords, codes, count, length, groups, reach, threads);
+}
+
+template <int B>
+bool code_any(const KbvqTrellisBlock& b, long reach, long threads) {
+    constexpr long kUsual = 4096 >> B;
+    const long groups = b.states >> B;
+    return (groups == kUsual ? code_block<B, kUsual> : code_block<B, 0>)(b, groups, reach, threads);
 }
 
 }  // namespace
@@ -208,10 +324,17 @@ extern "C" void kbvq_trellis_encode(const float* values, const float* weights, c
     run(values, weights, codewords, codes, count, length, groups, reach, threads);
 }
 
-// States [count, length] of the best paths; seams: [count] or null.
+// States [count, length] of the best paths; firsts, lasts: the states before them and at their ends, [count] or null.
 extern "C" void kbvq_trellis_paths(const float* values, const float* weights, const float* codewords,
-                                   const int64_t* seams, int64_t* states, long count, long length, long bits,
-                                   long groups) {
+                                   const int64_t* firsts, const int64_t* lasts, int64_t* states, long count,
+                                   long length, long bits, long groups) {
     const auto run = bits == 1 ? path_all<1> : bits == 2 ? path_all<2> : bits == 3 ? path_all<3> : path_all<4>;
-    run(values, weights, codewords, seams, states, count, length, groups);
+    run(values, weights, codewords, firsts, lasts, states, count, length, groups);
+}
+
+// Codes a block of channels of every expert; false, and nothing of use written, for targets that are not finite. reach
+// as above.
+extern "C" bool kbvq_trellis_block(const KbvqTrellisBlock* block, long bits, long reach, long threads) {
+    const auto run = bits == 1 ? code_any<1> : bits == 2 ? code_any<2> : bits == 3 ? code_any<3> : code_any<4>;
+    return run(*block, reach, threads);
 }

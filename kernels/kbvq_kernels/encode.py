@@ -43,7 +43,8 @@ def trellis_encode(values: Tensor, weights: Tensor | None, codewords: Tensor, bi
     """Codes of tail-biting sequences, uint8 [num_sequences, length]: `TrellisCode.encode` of kbvq.
 
     values, and weights or None for 1: [num_sequences, length], finite. codewords: of every state, at least MIN_GROUPS
-    << bits. reach: values on each side of the seam by which it is found, at most length / 2.
+    << bits. reach: values on each side of a seam by which it is found, at most length / 2; and at most 1024, since
+    sequences of 2 · 2048 values and more are searched in parts.
     """
     count, length = values.shape
     values, codewords = values.contiguous(), codewords.contiguous()
@@ -54,18 +55,73 @@ def trellis_encode(values: Tensor, weights: Tensor | None, codewords: Tensor, bi
     return codes
 
 
-def trellis_paths(values: Tensor, weights: Tensor, codewords: Tensor, bits: int, seams: Tensor | None) -> Tensor:
+def trellis_paths(
+    values: Tensor, weights: Tensor, codewords: Tensor, bits: int, before: Tensor | None, last: Tensor | None
+) -> Tensor:
     """States of the best paths, int64 [num_sequences, length]: `TrellisCode.best_path` of kbvq.
 
-    Arguments as in `trellis_encode`, values in the order of the states. seams: int64 [num_sequences] or None.
+    Arguments as in `trellis_encode`, values in the order of the states. before, last: int64 [num_sequences] or None.
     """
     count, length = values.shape
     values, weights, codewords = values.contiguous(), weights.contiguous(), codewords.contiguous()
-    seams = None if seams is None else seams.contiguous()
+    before, last = (None if ends is None else ends.contiguous() for ends in (before, last))
     states = torch.empty(count, length, dtype=torch.int64)
     sizes = count, length, bits, len(codewords) >> bits
-    trellis_library().kbvq_trellis_paths(*_arguments(values, weights, codewords, seams, states, sizes=sizes))
+    trellis_library().kbvq_trellis_paths(*_arguments(values, weights, codewords, before, last, states, sizes=sizes))
     return states
+
+
+class _TrellisBlock(ctypes.Structure):
+    """KbvqTrellisBlock of cpu_trellis.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in "weights carried factor codewords scale mass codes error".split()
+    ] + [
+        (name, ctypes.c_long)
+        for name in (
+            "experts rows width states weights_expert weights_row factor_expert factor_row codes_expert codes_row "
+            "error_expert error_row"
+        ).split()
+    ]
+
+
+def trellis_block(
+    weights: Tensor,
+    carried: Tensor,
+    factor: Tensor,
+    codewords: Tensor,
+    scale: Tensor,
+    mass: Tensor,
+    codes: Tensor,
+    error: Tensor,
+    *,
+    bits: int,
+    reach: int,
+) -> bool:
+    """Codes a block of channels of every expert, one after the other down the rows: the inner loop of kbvq's
+    `encode_with_feedback`. False for targets that are not finite.
+
+    weights, carried, factor, scale, error: as in `feedback_block`. codewords, bits, reach: as in `trellis_encode`, for
+    sequences of all rows. mass: [E, rows] >= 0, how much a row counts. codes: uint8 [E, rows, width], written.
+    """
+    experts, rows, width = weights.shape
+    factor, codewords, scale, mass = (t.contiguous() for t in (factor, codewords, scale, mass))
+    views = weights, factor, codes, error
+    _check_views(weights, carried, views)
+    tensors = weights, carried, factor, codewords, scale, mass, codes, error
+    block = _TrellisBlock(
+        *(t.data_ptr() for t in tensors),
+        *(experts, rows, width, len(codewords)),
+        *(stride for view in views for stride in view.stride()[:-1]),
+    )
+    function = trellis_library().kbvq_trellis_block
+    function.restype = ctypes.c_bool
+    return function(ctypes.byref(block), *map(ctypes.c_long, (bits, reach, torch.get_num_threads())))
+
+
+def _check_views(weights: Tensor, carried: Tensor, views: tuple[Tensor, ...]) -> None:
+    if carried.shape != weights.shape or not carried.is_contiguous() or any(v.stride(-1) != 1 for v in views):
+        raise ValueError("a block needs a contiguous `carried` and views with a contiguous last dimension")
 
 
 class _Block(ctypes.Structure):
@@ -110,8 +166,7 @@ def feedback_block(
     inverses = torch.linalg.solve_triangular(diagonal, identity, upper=True).contiguous()
     factor, tables, scale = factor.contiguous(), tables.contiguous(), scale.contiguous()
     views = weights, factor, codes, error
-    if carried.shape != weights.shape or not carried.is_contiguous() or any(v.stride(-1) != 1 for v in views):
-        raise ValueError("feedback_block needs a contiguous `carried` and views with a contiguous last dimension")
+    _check_views(weights, carried, views)
     tensors = weights, carried, factor, inverses, tables, scale, codes, error, *(sums or (None, None))
     strides = (stride for view in views for stride in view.stride()[:-1])
     block = _Block(
