@@ -70,6 +70,9 @@ class Codebook(Protocol):
 class Refit(Protocol):
     """Sums over encoded vectors from which the best tables for those codes follow: the maximisation step of EM."""
 
+    sums: tuple[Tensor, ...]
+    """Over the vectors so far; those of several processes are added up."""
+
     def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None: ...
 
     def solve(self) -> Codebook:
@@ -165,6 +168,7 @@ class TableRefit:
         books, tables, size, dim = codebook.tables.shape
         self.normal = codebook.tables.new_zeros(books * tables * size, dim, dim)
         self.right = codebook.tables.new_zeros(books * tables * size, dim)
+        self.sums = self.normal, self.right
 
     def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None:
         dim = self.codebook.vector_dim

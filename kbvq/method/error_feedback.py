@@ -84,6 +84,8 @@ def encode_with_feedback(
     dim = codebook.vector_dim
     shape = (codebook.num_planes, num_experts, out_features, n // dim)
     codes = torch.empty(shape, dtype=codebook.code_dtype, device=weights.device)
+    if not num_experts:
+        return codes
     error = torch.empty_like(weights)  # W − Ŵ of the channels coded so far
     carried = weights.new_empty(num_experts, out_features, _BLOCK)
     for start in range(0, n, _BLOCK):

@@ -19,7 +19,8 @@ from kbvq.method.rate_distortion import (
 )
 from kbvq.method.shared_basis import shared_low_rank
 from kbvq.method.target_weights import Goal
-from kbvq.method.vector_quantization import column_scales, row_scales, vector_quantize
+from kbvq.method.team import ALONE, Team, gather
+from kbvq.method.vector_quantization import Factors, column_scales, row_scales, vector_quantize
 from kbvq.recipes import Recipe
 from kbvq.structures import InputMoments, PackedProjection, ProjectionFormat
 
@@ -61,6 +62,7 @@ def quantize_projection(
     seed: int,
     bias: Tensor | None = None,
     goal: Goal | None = None,
+    team: Team = ALONE,
 ) -> PackedProjection:
     """KBVQ-MoE for one projection of a bank: steps 1 to 7 of the method (shared_basis, vector_quantization,
     bias_correction). The paper treats gate and up as two matrices; here they are one, as transformers stores them, with
@@ -73,6 +75,8 @@ def quantize_projection(
     bias: of the original projection, [num_experts, out_features], stored together with that of the correction.
     goal: weights to be coded in their place, and the outputs that the correction then restores instead of the
         teacher's.
+    team: that shares the experts; all of it gets the result. Codes and corrections are those of one process, but where
+        tables are refitted, whose sums it adds up in another order. Tables of single experts are not shared out.
     Raises NumericalError when a stored value would overflow float16.
     """
     weights = weights.float() if goal is None else goal.weights
@@ -84,19 +88,27 @@ def quantize_projection(
         residual = weights - coefficients @ basis
     scale = row_scales(residual) if recipe.row_scale else torch.ones_like(weights[..., 0])
     columns = torch.ones_like(weights[0, 0])
-    if format.has_column_scale:
-        columns = column_scales(residual, recipe, recipe.distortion(format), scale=scale, moments=student)
+    factors, team = None, team if format.num_codebooks == 1 else ALONE
+    if recipe.error_feedback:
+        factors = Factors(student, recipe, format.vector_dim, team.share(len(weights)))
+    if format.has_column_scale and factors is not None:
+        columns = column_scales(
+            residual, recipe, recipe.distortion(format), scale=scale, moments=student, factors=factors, team=team
+        )
         tensors["column_scale"] = columns.half()
     if format.rank:
         tensors |= _store_factors(basis / columns, coefficients / scale[..., None], format.factor_dtype)
         _check_finite(tensors)
         coefficients, basis = decode_factors(tensors)
         residual = weights - scale[..., None] * (coefficients @ basis) * columns
-    tensors |= vector_quantize(residual, format, recipe, scale=scale, column_scale=columns, moments=student, seed=seed)
+    tensors |= vector_quantize(
+        residual, format, recipe, scale=scale, column_scale=columns, factors=factors, seed=seed, team=team
+    )
+    del factors
     if format.has_scale:
         tensors["scale"] = scale.half() * weights.any(-1)  # not every code has a codeword of zeros for a row of zeros
     if recipe.bcos:
-        corrected = _correct_outputs(weights, format, tensors, teacher, student, recipe.prior_tokens, goal)
+        corrected = _correct_outputs(weights, format, tensors, teacher, student, recipe.prior_tokens, goal, team)
         tensors |= corrected if format.has_bias else {"scale": corrected["scale"]}
     elif recipe.row_scale:
         tensors["scale"] = _least_squares_scale(weights, format, tensors, student, recipe.prior_tokens)
@@ -107,32 +119,33 @@ def quantize_projection(
 
 
 def report_projection(
-    weights: Tensor, packed: PackedProjection, student: InputMoments, *, prior_tokens: float
+    weights: Tensor, packed: PackedProjection, student: InputMoments, *, prior_tokens: float, team: Team = ALONE
 ) -> ProjectionReport:
-    """Weighted error of a packed projection and its distance from the Shannon limit (rate_distortion)."""
+    """Weighted error of a packed projection and its distance from the Shannon limit (rate_distortion). team: shares the
+    experts; all of it gets the report."""
     bits = 8 * packed.format.num_bytes / packed.format.num_weights
-    error = energy = 0.0
-    above, by_expert, shares = [], [], []
-    limited = range(0, len(weights), -(-len(weights) // LIMIT_EXPERTS))
-    for expert, weight in enumerate(weights):
+    limited, experts = range(0, len(weights), -(-len(weights) // LIMIT_EXPERTS)), team.share(len(weights))
+    # error, energy, bits above the limit, spectrum
+    own = torch.zeros(len(experts), 3 + SPECTRUM_POINTS, dtype=torch.float64)
+    for row, expert in zip(own, experts, strict=True):
         second_moment, _ = student.expert_moments(expert, prior_tokens)
-        lost = weighted_error(weight - dequantize_expert(packed.format, packed.tensors, expert), second_moment)
-        own_energy = weighted_error(weight, second_moment)
-        by_expert.append(lost / own_energy if own_energy else 0.0)
-        error += lost
-        energy += own_energy
+        quantized = dequantize_expert(packed.format, packed.tensors, expert)
+        row[0] = lost = weighted_error(weights[expert] - quantized, second_moment)
+        row[1] = weighted_error(weights[expert], second_moment)
         if expert in limited:
-            spectrum = weighted_spectrum(second_moment, row_moment(weight))
-            above.append(bits_above_limit(lost, shannon_distortion(spectrum, bits)))
-            shares.append(_shares(spectrum))
+            spectrum = weighted_spectrum(second_moment, row_moment(weights[expert]))
+            row[2] = bits_above_limit(lost, shannon_distortion(spectrum, bits))
+            row[3:] = _shares(spectrum)
+    found = gather(team, own.to(weights.device), len(weights)).cpu()
+    error, energy = found[:, :2].sum(0).tolist()
     return ProjectionReport(
         bits_per_weight=bits,
         code_bits=8 * packed.format.code_bytes / packed.format.num_weights,
         rank=packed.format.rank,
         relative_error=error / energy if energy else 0.0,
-        bits_above_limit=sum(above) / len(above),
-        relative_error_by_expert=tuple(by_expert),
-        spectrum=tuple(torch.stack(shares).mean(0).tolist()),
+        bits_above_limit=found[limited, 2].mean().item(),
+        relative_error_by_expert=tuple(lost / own if own else 0.0 for lost, own in found[:, :2].tolist()),
+        spectrum=tuple(found[limited, 3:].mean(0).tolist()),
     )
 
 
@@ -166,10 +179,13 @@ def _correct_outputs(
     student: InputMoments,
     prior_tokens: float,
     goal: Goal | None,
+    team: Team,
 ) -> dict[str, Tensor]:
     """Scale and bias after BCOS: the slope multiplies the row scale. Both float16."""
-    scales, biases = [], []
-    for expert, weight in enumerate(weights):
+    experts = team.share(len(weights))
+    scales, biases = (weights.new_empty(len(experts), weights.shape[1]) for _ in range(2))
+    for place, expert in enumerate(experts):
+        weight = weights[expert]
         of_student = student.expert_moments(expert, prior_tokens)
         if goal is None:
             wanted = output_moments(weight, *teacher.expert_moments(expert, prior_tokens))
@@ -180,10 +196,10 @@ def _correct_outputs(
                 torch.where(deviation.isnan(), output_moments(weight, *of_student)[1], deviation),
             )
         quantized = dequantize_expert(format, tensors, expert)
-        slope, bias = bias_correction(wanted, output_moments(quantized, *of_student))
-        scales.append(tensors["scale"][expert].float() * slope)
-        biases.append(bias)
-    return {"scale": torch.stack(scales).half(), "bias": torch.stack(biases).half()}
+        slope, biases[place] = bias_correction(wanted, output_moments(quantized, *of_student))
+        scales[place] = tensors["scale"][expert].float() * slope
+    scales, biases = (gather(team, own, len(weights)) for own in (scales, biases))
+    return {"scale": scales.half(), "bias": biases.half()}
 
 
 def _least_squares_scale(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kbvq.method.team import ALONE, Team, gather
 from kbvq.structures import InputMoments
 
 RIDGE = 0.01
@@ -77,16 +78,21 @@ class Goal:
     deviation: Tensor
 
 
-def goal_of(weights: Tensor, targets: TargetSums, moments: InputMoments, prior_tokens: float) -> Goal:
-    """What these sums ask of every expert.
+def goal_of(
+    weights: Tensor, targets: TargetSums, moments: InputMoments, prior_tokens: float, *, team: Team = ALONE
+) -> Goal:
+    """What these sums ask of every expert. team: shares them; all of it gets the result, which is that of one process.
 
     weights: the original ones, [num_experts, out_features, in_features]. moments: of the inputs. prior_tokens: virtual
     tokens of all experts for which the original weights give what is wanted (InputMoments.expert_moments).
     """
-    goals, means, deviations = [], [], []
+    experts = team.share(len(weights))
+    goals = weights.new_empty(len(experts), *weights.shape[1:], dtype=torch.float32)
+    means, deviations = (goals.new_empty(goals.shape[:2]) for _ in range(2))
     prior = prior_tokens * moments.mass.sum() / moments.tokens.sum().clamp_min(1)
     pooled, pooled_mean = moments.pooled_second_moment(), moments.pooled_mean()
-    for expert, weight in enumerate(weights.float()):
+    for place, expert in enumerate(experts):
+        weight = weights[expert].float()
         total = (moments.mass[expert] + prior).clamp_min(1e-12)
         lacking = (targets.cross_sum[expert] - weight @ moments.outer_sum[expert]).double() / total
         second_moment = moments.expert_moments(expert, prior_tokens)[0].double()
@@ -94,9 +100,8 @@ def goal_of(weights: Tensor, targets: TargetSums, moments: InputMoments, prior_t
         strength = RIDGE * max(1.0, needed / max(1.0, float(moments.tokens[expert])))
         second_moment.diagonal().add_(strength * second_moment.diagonal().mean().clamp_min(1e-12))
         change = torch.cholesky_solve(lacking.T, torch.linalg.cholesky(second_moment)).T
-        goals.append(weight + change.float())
-        mean = (targets.output_sum[expert] + prior * (weight @ pooled_mean)) / total
+        goals[place] = weight + change.float()
+        means[place] = mean = (targets.output_sum[expert] + prior * (weight @ pooled_mean)) / total
         square = (targets.square_sum[expert] + prior * ((weight @ pooled) * weight).sum(1)) / total
-        means.append(mean)
-        deviations.append((square - mean.square()).clamp_min(0).sqrt())
-    return Goal(torch.stack(goals), torch.stack(means), torch.stack(deviations))
+        deviations[place] = (square - mean.square()).clamp_min(0).sqrt()
+    return Goal(*(gather(team, own, len(weights)) for own in (goals, means, deviations)))

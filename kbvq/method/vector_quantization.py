@@ -7,6 +7,8 @@ the codes are chosen, so that the codes are the best ones for the tables that th
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from kbvq.method.error_feedback import (
     target_variances,
     upper_factor,
 )
+from kbvq.method.team import ALONE, Team, gather
 from kbvq.recipes import Recipe
 from kbvq.structures import InputMoments, ProjectionFormat
 
@@ -31,23 +34,64 @@ def row_scales(weights: Tensor) -> Tensor:
     return weights.square().mean(-1).sqrt().clamp_min(smallest).half().float()
 
 
+class Factors:
+    """M of the inputs of each expert of this process (error_feedback), channels in coding order: made where they are
+    asked for, and kept for as long as somebody holds them.
+
+    order: [in_features]. experts: those of this process.
+    """
+
+    def __init__(self, moments: InputMoments, recipe: Recipe, vector_dim: int, experts: range) -> None:
+        self.order, self.experts = channel_order(moments.pooled_second_moment(), vector_dim), experts
+        self.vector_dim, self._moments, self._recipe = vector_dim, moments, recipe
+
+    def of(self, expert: int) -> Tensor:
+        """[in_features, in_features] float32."""
+        second_moment, _ = self._moments.expert_moments(expert, self._recipe.prior_tokens)
+        return upper_factor(second_moment[self.order][:, self.order], self._recipe.damping)
+
+    @cached_property
+    def stacked(self) -> Tensor:
+        """Of all experts of this process, [experts, in_features, in_features]."""
+        n = len(self.order)
+        stacked = torch.empty(len(self.experts), n, n, device=self.order.device)
+        for place, expert in enumerate(self.experts):
+            stacked[place] = self.of(expert)
+        return stacked
+
+
 def column_scales(
-    weights: Tensor, recipe: Recipe, distortion: float, *, scale: Tensor, moments: InputMoments
+    weights: Tensor,
+    recipe: Recipe,
+    distortion: float,
+    *,
+    scale: Tensor,
+    moments: InputMoments,
+    factors: Factors,
+    team: Team = ALONE,
 ) -> Tensor:
     """Deviation of each channel's targets in error feedback, behind the row scales: [in_features] float32, rounded to
     float16. One codebook then suits the first channels and the last.
 
     weights: [num_experts, out_features, in_features]. scale: [num_experts, out_features]. moments: of the inputs.
-    distortion: of the code (Recipe.distortion).
+    factors: of them; where vectors are coded, channels are taken one by one here all the same. distortion: of the code
+    (Recipe.distortion).
     """
-    order = channel_order(moments.pooled_second_moment(), 1)
-    variances, mass = torch.zeros_like(weights[0, 0]), 0.0
-    for expert, weight in enumerate(weights):
-        factor = _factor(moments, expert, order, recipe)
-        own = (weight[:, order] / scale[expert, :, None]).square().mean(0)
-        energy = float(scale[expert].square().sum() * moments.mass[expert])
-        variances += energy * target_variances(error_passing(factor), own, distortion)
-        mass += energy
+    single = factors.vector_dim == 1
+    if not single:
+        factors = Factors(moments, recipe, 1, factors.experts)
+    order = factors.order
+    variances = weights.new_zeros(len(factors.experts), len(order))
+    for place, expert in enumerate(factors.experts):
+        factor = factors.stacked[place] if single else factors.of(expert)
+        own = (weights[expert][:, order] / scale[expert, :, None]).square().mean(0)
+        variances[place] = target_variances(error_passing(factor), own, distortion)
+    energies = (scale.square().sum(1) * moments.mass).tolist()
+    mass = sum(energies)
+    variances = sum(
+        (energy * own for energy, own in zip(energies, gather(team, variances, len(weights)), strict=True)),
+        start=torch.zeros_like(weights[0, 0]),
+    )
     smallest = torch.finfo(torch.float16).smallest_normal
     deviations = (variances / max(mass, 1e-30)).sqrt() if mass else torch.ones_like(variances)
     return deviations[order.argsort()].clamp_min(smallest).half().float()
@@ -60,18 +104,20 @@ def vector_quantize(
     *,
     scale: Tensor,
     column_scale: Tensor,
-    moments: InputMoments,
+    factors: Factors | None,
     seed: int,
+    team: Team = ALONE,
 ) -> dict[str, Tensor]:
     """Codes and tables, as stored, for the experts of a bank: ŵ = scale · decode(codes) · column_scale.
 
     weights: [num_experts, out_features, in_features] float32. scale: [num_experts, out_features] > 0. column_scale:
-    [in_features] > 0. moments: of the inputs; they matter with the recipe's error feedback only.
+    [in_features] > 0. factors: of the inputs, for error feedback, or None without; used up. team: codes its experts
+    together.
     """
     weights = weights / column_scale
     codebook = _fit_codebook(weights / scale[..., None], format, recipe, scale, seed)
-    if recipe.error_feedback:
-        return _encode_in_order(weights, codebook, recipe, scale, column_scale, moments)
+    if factors is not None:
+        return _encode_in_order(weights, codebook, recipe, scale, column_scale, factors, team)
     vectors = (weights / scale[..., None]).unflatten(-1, (-1, format.vector_dim)).flatten(1, 2)
     identity = torch.eye(format.vector_dim, device=weights.device).expand(len(weights), -1, -1)
     codes = codebook.encode(vectors, identity, torch.ones_like(vectors[..., 0]))
@@ -120,28 +166,28 @@ def _fit_codebook(targets: Tensor, format: ProjectionFormat, recipe: Recipe, sca
 
 
 def _encode_in_order(
-    weights: Tensor, codebook: Codebook, recipe: Recipe, scale: Tensor, column_scale: Tensor, moments: InputMoments
+    weights: Tensor,
+    codebook: Codebook,
+    recipe: Recipe,
+    scale: Tensor,
+    column_scale: Tensor,
+    factors: Factors,
+    team: Team,
 ) -> dict[str, Tensor]:
     """Codes with error feedback under each expert's moments, after refitting the tables to the weighted error."""
-    dim = codebook.vector_dim
-    order = channel_order(moments.pooled_second_moment(), dim)
-    ordered = weights[..., order]
-    factor = weights.new_empty(len(weights), len(order), len(order))
-    for expert in range(len(weights)):
-        # Channels divided by their scale see inputs multiplied by it.
-        torch.mul(column_scale[order, None], _factor(moments, expert, order, recipe), out=factor[expert])
+    dim, order, total = codebook.vector_dim, factors.order, len(weights)
+    own = slice(factors.experts.start, factors.experts.stop)
+    ordered, scale = weights[own][..., order], scale[own]
+    # Channels divided by their scale see inputs multiplied by it.
+    factor = factors.stacked.mul_(column_scale[order, None])
     for _ in range(recipe.refits):
         refit = codebook.refit()
         if refit is None:
             break
         encode_with_feedback(ordered, factor, codebook, scale, refit)
+        team.sum_(*refit.sums)
         codebook = refit.solve()
     codes = encode_with_feedback(ordered, factor, codebook, scale)
+    codes = gather(team, codes.transpose(0, 1).contiguous(), total).transpose(0, 1)
     vector_order = order[::dim] // dim
     return codebook.pack(codes[..., vector_order.argsort()])
-
-
-def _factor(moments: InputMoments, expert: int, order: Tensor, recipe: Recipe) -> Tensor:
-    """M of an expert's inputs, channels in coding order."""
-    second_moment, _ = moments.expert_moments(expert, recipe.prior_tokens)
-    return upper_factor(second_moment[order][:, order], recipe.damping)

@@ -19,6 +19,7 @@ from kbvq.models.calibration import (
     watch_inputs,
 )
 from kbvq.models.moe_adapters import ExpertBank
+from kbvq.models.ranks import Ranks
 from kbvq.quantization.attention_matching import match_attention_
 from kbvq.quantization.block_tuning import tune_banks
 from kbvq.quantization.matching import match_inputs, match_outputs, token_weights
@@ -63,7 +64,9 @@ def quantize_layer(
     matching = recipe.matching and all(module.hidden_size == inputs.shape[-1] for module in observed.values())
     watch = run_and_keep if matching else run_and_watch
     teacher_inputs = teacher
-    teacher, teacher_moments, *kept = watch(run, teacher, observed, PROJECTIONS, by_routing=by_routing)
+    # With goals of its own, a projection does not need the teacher's moments; those of down tell its strong channels.
+    watched = PROJECTIONS if same_inputs or not matching else PROJECTIONS[1:]
+    teacher, teacher_moments, *kept = watch(run, teacher, observed, watched, by_routing=by_routing)
     weights = token_weights(teacher) if matching else None
     dense: dict[str, Tensor] = {}
     if weights is not None and not same_inputs:
@@ -97,18 +100,19 @@ def quantize_layer(
                 seen[bank][projection] = moments
                 own = original[bank][projection]
                 targets = sums.mapped(own) if order == 0 else sums
-                goals[bank][projection] = goal_of(own, targets, moments, recipe.prior_tokens)
+                goals[bank][projection] = goal_of(own, targets, moments, recipe.prior_tokens, team=run.ranks)
         for place, (bank, module) in enumerate(observed.items()):
             try:
                 packed[bank][projection] = quantize_projection(
                     original[bank][projection],
-                    teacher_moments[bank][projection],
+                    teacher_moments[bank].get(projection, seen[bank][projection]),
                     seen[bank][projection],
                     getattr(banks[bank], projection),
                     recipe,
                     seed=_seed(seed, bank, place, order),
                     bias=module.original_biases.get(projection),
                     goal=goals[bank].get(projection),
+                    team=run.ranks,
                 )
             except NumericalError as error:
                 raise NumericalError(f"{bank.path}.{projection}: {error}") from error
@@ -117,7 +121,7 @@ def quantize_layer(
         packed = _tune(observed, packed, seen, run, inputs, teacher, recipe, seed=_seed(seed, next(iter(banks)), 0, 0))
     student, _ = run_and_watch(run, inputs, observed, (), by_routing=by_routing)
     coded = {bank: original[bank] | {name: goal.weights for name, goal in goals[bank].items()} for bank in banks}
-    reports = [_report(bank, coded[bank], packed[bank], seen[bank], recipe) for bank in banks]
+    reports = [_report(bank, coded[bank], packed[bank], seen[bank], recipe, run.ranks) for bank in banks]
     on_cpu = {bank: {name: p.to("cpu") for name, p in projections.items()} for bank, projections in packed.items()}
     return LayerResult([PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks], teacher, student, reports, dense)
 
@@ -154,11 +158,16 @@ def _report(
     packed: dict[str, PackedProjection],
     moments: dict[str, InputMoments],
     recipe: Recipe,
+    ranks: Ranks,
 ) -> dict[str, object]:
     reports = {
         projection: dataclasses.asdict(
             report_projection(
-                weights[projection], packed[projection], moments[projection], prior_tokens=recipe.prior_tokens
+                weights[projection],
+                packed[projection],
+                moments[projection],
+                prior_tokens=recipe.prior_tokens,
+                team=ranks,
             )
         )
         for projection in PROJECTIONS
