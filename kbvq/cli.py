@@ -17,7 +17,7 @@ import kbvq
 from kbvq.errors import ConfigError, KbvqError
 from kbvq.models.calibration_text import DEFAULT_CALIBRATION
 from kbvq.quantization.pipeline import QuantizeOptions, dry_run, quantize_model
-from kbvq.recipes import CODES, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
+from kbvq.recipes import CODES, DENSE_BITS, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
 from kbvq.reporting import write_documents
 from kbvq.reporting.run_report import read_run
 from kbvq.reporting.summary import summary_text
@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         default=2,
         help=f"bits per expert weight with everything stored, any number from {MIN_BITS} to {MAX_BITS}; with --recipe "
         "paper or --no-budget: code bits, 1, 2, 3 or 4 (default: %(default)s)",
+    )
+    quantize.add_argument(
+        "--dense-bits",
+        type=int,
+        choices=DENSE_BITS,
+        default=16,
+        help="bits per weight of attention, dense MLPs, embedding and head; 16 leaves them (default: %(default)s)",
     )
     quantize.add_argument("--recipe", default="default", help=f"{' or '.join(RECIPE_NAMES)} (default: %(default)s)")
     quantize.add_argument("--samples", type=int, default=128, help="calibration windows (default: %(default)s)")
@@ -171,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    changes: dict[str, object] = {name: False for name in ("klt", "bcos", "budget") if not getattr(options, name)}
+    changes: dict[str, object] = {"dense_bits": options.dense_bits}
+    changes |= {name: False for name in ("klt", "bcos", "budget") if not getattr(options, name)}
     for name in ("idre", "codebook", "codebook_scope"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
@@ -289,9 +297,14 @@ def _inspect(options: argparse.Namespace) -> None:
                 f"{bank['path'] + '.' + projection:48} {row['codebook']:>8} {row['bits_per_weight']:7.3f} "
                 f"{row['code_bits']:7.3f} {row['rank']:5} {row['bytes']:14,}"
             )
+    for row in summary["dense"]:
+        print(
+            f"{row['path']:48} {row['weight']['codebook']:>8} {row['bits_per_weight']:7.3f} {row['code_bits']:7.3f} "
+            f"{'':5} {row['bytes']:14,}"
+        )
     print(
         f"experts: {summary['bits_per_weight']:.3f} bits per weight, {summary['code_bits']:.3f} in codes; "
-        f"whole model: {summary['model_bytes']:,} bytes"
+        f"whole model: {summary['model_bits_per_weight']:.3f} bits per weight, {summary['model_bytes']:,} bytes"
     )
 
 

@@ -56,6 +56,31 @@ NUM_GROUPS = 8
 """Groups of the codewords of stage 0 of rq-grouped: its tables then take at most 34 KiB at 2 bits."""
 
 
+DENSE_BITS = (16, 8, 4)
+"""Code bits per weight of the matrices outside the banks; 16 leaves them as they are."""
+
+
+def dense_format(out_features: int, in_features: int, bits: int) -> ProjectionFormat:
+    """How a matrix outside the banks is stored at 8 or 4 code bits: pairs of weights, 4 bits a stage, and row scales.
+
+    Rows are coded and decoded one by one, as an embedding needs them. Raises ConfigError for odd in_features and for a
+    matrix so small that with tables and scales it would take 16 bits a weight or more.
+    """
+    format = ProjectionFormat(
+        num_experts=1,
+        out_features=out_features,
+        in_features=in_features,
+        codebook="rq",
+        vector_dim=2,
+        codebook_size=256,
+        num_stages=bits // 4,
+        has_scale=True,
+    )
+    if format.num_bytes >= 2 * format.num_weights:
+        raise ConfigError(f"{out_features}x{in_features} weights are too few for tables of {format.codebook_size}")
+    return format
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How every bank of a model is quantized.
@@ -88,6 +113,7 @@ class Recipe:
     max_vectors_per_codeword: k-means trains on a random subset of that many vectors per codeword; None for all.
     prior_tokens: virtual tokens by which an expert's moments are shrunk toward the pooled ones.
     few_tokens: experts with fewer routed calibration tokens are counted and reported.
+    dense_bits: code bits of the matrices outside the banks, one of DENSE_BITS (dense_format).
     """
 
     name: str
@@ -117,6 +143,7 @@ class Recipe:
     max_vectors_per_codeword: int | None = None
     prior_tokens: float = 32.0
     few_tokens: int = 256
+    dense_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.codebook not in CODES:
@@ -127,6 +154,8 @@ class Recipe:
             raise ConfigError(
                 f"--bits {self.bits} is not supported without a budget; choose one of {sorted(CODES[self.codebook])}"
             )
+        if self.dense_bits not in DENSE_BITS:
+            raise ConfigError(f"--dense-bits {self.dense_bits} is not supported; choose 16, 8 or 4")
         if self.column_scale and not self.error_feedback:
             raise ConfigError("column scales are made for error feedback; switch both on or both off")
         if self.codebook == "trellis" and not self.error_feedback:

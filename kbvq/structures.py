@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from kbvq.errors import ConfigError
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+
+WEIGHT = "weight"
+"""Name of the only projection of a matrix outside the banks."""
 
 INDEX_BITS = {256: 8, 4096: 12}
 """Codebook size -> bits of one code; the sizes that `kbvq.codes.packing` can store."""
@@ -319,6 +323,74 @@ class PackedBank:
             for projection in PROJECTIONS
             for name, tensor in getattr(self, projection).tensors.items()
         }
+
+
+@dataclass(frozen=True)
+class MatrixFormat:
+    """One packed matrix outside the banks, as `config.json` records it.
+
+    path: module path in the transformers model, e.g. "model.layers.3.self_attn.q_proj".
+    kind: "linear" (called with hidden states) or "embedding" (called with token ids).
+    weight: a projection of one expert, without bias: that of a Linear stays a parameter of its own.
+    tied_head: of an embedding, the path of the Linear that has the same weight, or "" for none.
+    """
+
+    path: str
+    kind: str
+    weight: ProjectionFormat
+    tied_head: str = ""
+
+    def __post_init__(self) -> None:
+        for name, path in (("path", self.path), ("tied_head", self.tied_head or "none")):
+            if not isinstance(path, str) or not all(part for part in path.split(".")):
+                raise ConfigError(f"{name} of a matrix must name a module of the model, not {path!r}")
+        if self.kind not in ("linear", "embedding"):
+            raise ConfigError(f"{self.path}: kind must be linear or embedding, not {self.kind!r}")
+        if self.tied_head and self.kind != "embedding":
+            raise ConfigError(f"{self.path}: only an embedding has a head that is tied to it")
+        if self.weight.num_experts != 1 or self.weight.has_bias or self.weight.has_column_scale:
+            raise ConfigError(f"{self.path}: a matrix has one expert, no bias and no column scales")
+        if self.weight.codebook == "trellis" and self.kind == "embedding":
+            raise ConfigError(f"{self.path}: the rows of a trellis code cannot be decoded one by one")
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every stored tensor by its name in the checkpoint; the codes have the name of the weight that they replace,
+        as in BankFormat."""
+        return {tensor_name(self.path, WEIGHT, name): spec for name, spec in self.weight.tensors().items()}
+
+    def to_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> MatrixFormat:
+        """Inverse of `to_dict`; raises ConfigError on unknown or missing fields."""
+        try:
+            return cls(**{**data, "weight": ProjectionFormat(**data["weight"])})
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"quantization_config describes a matrix this version cannot read: {error}") from error
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """One quantized matrix outside the banks: its format and its weight, a projection of one expert."""
+
+    format: MatrixFormat
+    weight: PackedProjection
+
+    @property
+    def path(self) -> str:
+        return self.format.path
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The stored tensors by their names in the checkpoint."""
+        return {tensor_name(self.format.path, WEIGHT, name): tensor for name, tensor in self.weight.tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, format: MatrixFormat, tensors: Mapping[str, Tensor]) -> PackedMatrix:
+        """Inverse of `state_dict`, from the tensors of many matrices."""
+        names = format.weight.tensors()
+        own = {name: tensors[tensor_name(format.path, WEIGHT, name)] for name in names}
+        return cls(format, PackedProjection(format.weight, own))
 
 
 def buffer_name(projection: str, name: str) -> str:

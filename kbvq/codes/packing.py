@@ -146,6 +146,18 @@ def dequantize_expert(
     return weight.to(dtype)
 
 
+def dequantize_rows(
+    format: ProjectionFormat, tensors: Mapping[str, Tensor], rows: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Rows of the stored weight of the only expert, as `dequantize_expert` gives them, decoding no others.
+
+    For the formats of `recipes.dense_format`, whose rows are independent. rows: [n] integers. Returns
+    [n, in_features] in `dtype`.
+    """
+    chosen = {**tensors, "codes": tensors["codes"][:, rows], "scale": tensors["scale"][:, rows]}
+    return dequantize_expert(format, chosen, 0, dtype)
+
+
 def decode_factors(tensors: Mapping[str, Tensor], expert: int | slice = slice(None)) -> tuple[Tensor, Tensor]:
     """(coefficients, basis) as stored, in float32: [out_features, rank] of one expert or [experts, out_features, rank],
     and [rank, in_features]."""

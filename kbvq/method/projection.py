@@ -20,7 +20,7 @@ from kbvq.method.rate_distortion import (
 from kbvq.method.shared_basis import shared_low_rank
 from kbvq.method.target_weights import Goal
 from kbvq.method.team import ALONE, Team, gather
-from kbvq.method.vector_quantization import Factors, column_scales, row_scales, vector_quantize
+from kbvq.method.vector_quantization import Factors, column_scales, row_scales, row_slopes, vector_quantize
 from kbvq.recipes import Recipe
 from kbvq.structures import InputMoments, PackedProjection, ProjectionFormat
 
@@ -205,12 +205,11 @@ def _correct_outputs(
 def _least_squares_scale(
     weights: Tensor, format: ProjectionFormat, tensors: dict[str, Tensor], student: InputMoments, prior_tokens: float
 ) -> Tensor:
-    """Row scales times the slope that minimises each row's weighted error: ⟨w, ŵ⟩_H / ⟨ŵ, ŵ⟩_H; float16."""
+    """Row scales times the slope that minimises each row's weighted error; float16."""
     scales = []
     for expert, weight in enumerate(weights):
         quantized = dequantize_expert(format, tensors, expert)
-        weighted = quantized @ student.expert_moments(expert, prior_tokens)[0]
-        slope = (weighted * weight).sum(1) / (weighted * quantized).sum(1).clamp_min(1e-30)
+        slope = row_slopes(weight, quantized, student.expert_moments(expert, prior_tokens)[0])
         scales.append(tensors["scale"][expert].float() * slope)
     return torch.stack(scales).half()
 

@@ -34,6 +34,12 @@ def row_scales(weights: Tensor) -> Tensor:
     return weights.square().mean(-1).sqrt().clamp_min(smallest).half().float()
 
 
+def row_slopes(weight: Tensor, quantized: Tensor, second_moment: Tensor) -> Tensor:
+    """By what each row of a quantized matrix is best multiplied, ⟨w, ŵ⟩_H / ⟨ŵ, ŵ⟩_H: [out_features] float32."""
+    weighted = quantized @ second_moment
+    return (weighted * weight).sum(1) / (weighted * quantized).sum(1).clamp_min(1e-30)
+
+
 class Factors:
     """M of the inputs of each expert of this process (error_feedback), channels in coding order: made where they are
     asked for, and kept for as long as somebody holds them.

@@ -7,12 +7,15 @@ by projection, the quantized ones (the student), with the moments of the inputs 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import UnsupportedModelError
@@ -306,6 +309,52 @@ def watch_inputs(
         module.watch_(*projections, by_routing=by_routing)
     run.watch(hidden_states)
     return _moments(run.ranks, observed)
+
+
+class WatchedLinears:
+    """Inside the block, sums of x xᵀ over what these Linears are called with, by their paths. Those that are called
+    with one and the same tensor, one right after the other, have one sum, which is taken once."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self.linears = linears
+        self._first: dict[str, str] = {}  # path -> the first one that has the same inputs
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: Counter[str] = Counter()
+        self._last: tuple[str, Tensor] | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> WatchedLinears:
+        self._hooks = [m.register_forward_pre_hook(partial(self._see, path)) for path, m in self.linears.items()]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._last = None
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see(self, path: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs = arguments[0]
+        if path not in self._first:
+            same = self._last is not None and self._last[1] is inputs
+            self._first[path] = self._last[0] if same and self._last is not None else path
+        first = self._first[path]
+        self._last = first, inputs
+        if first == path:
+            tokens = inputs.flatten(0, -2).float()
+            if path not in self._sums:
+                self._sums[path] = tokens.new_zeros(2 * tokens.shape[1:])
+            self._sums[path].addmm_(tokens.T, tokens)
+            self._tokens[path] += len(tokens)
+
+    def second_moment(self, path: str, ranks: Ranks) -> Tensor:
+        """E[x xᵀ] over the tokens of all ranks, [in_features, in_features] float32; the identity where there were
+        none. Every rank asks for the same paths in the same order."""
+        weight, first = self.linears[path].weight, self._first.get(path, path)
+        identity = torch.eye(weight.shape[1], device=weight.device)
+        total = self._sums[first].clone() if first in self._sums else torch.zeros_like(identity)
+        tokens = torch.tensor([float(self._tokens[first])], device=weight.device)
+        ranks.sum_(total, tokens)
+        return total / tokens if tokens else identity
 
 
 def _moments(ranks: Ranks, observed: Mapping[ExpertBank, ObservedBank]) -> dict[ExpertBank, dict[str, InputMoments]]:

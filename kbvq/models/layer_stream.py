@@ -133,7 +133,7 @@ class LayerStream:
         self.source_bytes = sum(self._stored[key].num_bytes for key in used)
         in_banks = tuple(f"{bank.path}." for bank in self.banks)
         self.dense_bytes = sum(
-            self._skeleton[name].numel() * self._written_dtype(name).itemsize
+            self.written_bytes(name)
             for name in self._sources
             if name not in self._tied and not name.startswith(in_banks)
         )
@@ -257,7 +257,7 @@ class LayerStream:
                 self.model.set_submodule(path, module)
             with self._materialized([name for name in self._skeleton if not name.startswith(prefixes)]):
                 for name, tensor in dense.items():
-                    self._put(name, tensor.to(self.device, self.model.get_parameter(name).dtype))
+                    self.replace_(name, tensor)
                 yield self.model
         finally:
             for path, module in originals.items():
@@ -280,6 +280,23 @@ class LayerStream:
                 if forward is not None:
                     layer.forward = forward
 
+    def head_inputs(self, hidden_states: Tensor) -> Tensor:
+        """What the head gets of the last decoder layer's output, of the same shape. Inside `head` or `whole` only."""
+        inputs: list[Tensor] = []
+
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs.append(arguments[0])
+            raise _LayersPassed
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            self.logits(hidden_states)
+        except _LayersPassed:
+            pass
+        finally:
+            hook.remove()
+        return inputs[0]
+
     def layer_tensors(self, index: int, dense: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of decoder layer `index` outside its banks, by their names in the model, in the dtype stored;
         those in `dense` with its values."""
@@ -300,6 +317,29 @@ class LayerStream:
             if name in tensors and torch.equal(tensors[name], tensors[first]):
                 del tensors[name]
         return tensors
+
+    def keeps_float32(self, name: str) -> bool:
+        """Whether `from_pretrained` keeps a parameter in float32 whatever the dtype of the model."""
+        return any(re.search(pattern, name) for pattern in self._float32)
+
+    def is_tied(self, name: str, first: str) -> bool:
+        """Whether two parameters of the model are one, by the config and by what the checkpoint stores; reads both only
+        where it stores both."""
+        if self._tied.get(name) != first and self._tied.get(first) != name:
+            return False
+        if name not in self._sources or first not in self._sources or self._sources[name] is self._sources[first]:
+            return True
+        tensors = self._read([name, first])
+        return torch.equal(tensors[name], tensors[first])
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter in the dtype stored, on `device`."""
+        stored = name if name in self._sources else self._tied[name]
+        return self._read([stored])[stored].to(self.device)
+
+    def replace_(self, name: str, tensor: Tensor) -> None:
+        """Put other values in the place of a parameter that is in memory, until it leaves it."""
+        self._put(name, tensor.to(self.device, self.model.get_parameter(name).dtype))
 
     def _match_sources(self) -> dict[str, _Source]:
         """Name in the model -> the stored tensors it is made from, as `from_pretrained` matches them."""
@@ -379,6 +419,10 @@ class LayerStream:
         tensor = converter.convert(name, model=self.model, config=self.config)[name]
         return tensor[0] if isinstance(tensor, list) else tensor
 
+    def written_bytes(self, name: str) -> int:
+        """Bytes that a parameter outside the banks takes in the packed checkpoint where it is not packed."""
+        return self._skeleton[name].numel() * self._written_dtype(name).itemsize
+
     def _written_dtype(self, name: str) -> torch.dtype:
         """That of a parameter outside the banks in the packed checkpoint."""
         return (STORED_DTYPES | TABLE_DTYPES)[self._stored[self._sources[name].keys[0][1]].dtype]
@@ -393,7 +437,7 @@ class LayerStream:
         with self._files.open() as fetch:
             for name in names:
                 stored = name if name in self._sources else self._tied[name]
-                dtype = torch.float32 if self._keeps_float32(name) else self._skeleton[name].dtype
+                dtype = torch.float32 if self.keeps_float32(name) else self._skeleton[name].dtype
                 # Cast once fused: a copy of each expert in a wider dtype would cost more memory than the layer itself.
                 read = partial(fetch, device=self.device, dtype=dtype)
                 tensor = self._assemble(stored, read).to(dtype)
@@ -432,12 +476,9 @@ class LayerStream:
         else:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
-    def _keeps_float32(self, name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in self._float32)
-
 
 class _LayersPassed(Exception):
-    """Ends the model's forward once the inputs of its last layer are recorded."""
+    """Ends the model's forward once the inputs of its last layer, or of the head, are recorded."""
 
 
 def return_freed_memory() -> None:

@@ -10,7 +10,7 @@ gain most of it (docs/experiments.md). Routers stay as they are: whom a token is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -44,6 +44,7 @@ def distill(
     recipe: Recipe,
     *,
     seed: int,
+    then: Callable[[PreTrainedModel], None] | None = None,
 ) -> tuple[list[PackedBank], dict[str, Tensor]]:
     """The banks with their tuned values, and the dense parameters that differ from the stored ones, on the CPU.
 
@@ -54,7 +55,7 @@ def distill(
     dense: parameters outside the banks as changed so far, by their names in the model. token_ids: [windows, tokens].
     teacher: the last layer's outputs in the original model, [windows, tokens, hidden_size]. The recipe's
     distillation_rate and dense_rate are relative to the root mean square of each parameter. seed: of the windows'
-    order.
+    order. then: called with the tuned model.
     Raises NumericalError when the loss is not finite.
     """
     device, steps = stream.device, recipe.distillation_steps
@@ -89,6 +90,9 @@ def distill(
             optimizer.step()
             schedule.step()
         tuned = {name: parameter.detach().cpu() for name, parameter in trained.items()}
+        if then is not None:
+            with torch.no_grad(), mixed:
+                then(model)
         return [module.pack().to("cpu") for module in modules.values()], {**dense, **tuned}
 
 

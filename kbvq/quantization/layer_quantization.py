@@ -1,8 +1,11 @@
-"""What is done to one decoder layer: gather the teacher's moments, quantize its banks, carry the activations on."""
+"""What is done to one decoder layer: gather the teacher's moments, quantize its matrices and banks, carry the
+activations on."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from kbvq.method.target_weights import Goal, goal_of
 from kbvq.models.calibration import (
     LayerRunner,
     ObservedBank,
+    WatchedLinears,
     observe_banks,
     run_and_keep,
     run_and_watch,
@@ -22,21 +26,32 @@ from kbvq.models.moe_adapters import ExpertBank
 from kbvq.models.ranks import Ranks
 from kbvq.quantization.attention_matching import match_attention_
 from kbvq.quantization.block_tuning import tune_banks
+from kbvq.quantization.dense import pack_linears_
 from kbvq.quantization.matching import match_inputs, match_outputs, token_weights
 from kbvq.recipes import Recipe
-from kbvq.structures import PROJECTIONS, BankFormat, InputMoments, PackedBank, PackedProjection
+from kbvq.structures import (
+    PROJECTIONS,
+    BankFormat,
+    InputMoments,
+    MatrixFormat,
+    PackedBank,
+    PackedMatrix,
+    PackedProjection,
+)
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """banks: packed, on the CPU. teacher, student: the layer's outputs, [windows, tokens, hidden_size].
-    reports: one JSON-ready record per bank. dense: parameters outside the banks that were changed, by their names in
-    the model, on the CPU in the dtype that the layer computes in."""
+    """banks, matrices: packed, on the CPU. teacher, student: the layer's outputs, [windows, tokens, hidden_size].
+    reports, matrix_reports: one JSON-ready record per bank and per matrix. dense: parameters outside the banks that
+    were changed, by their names in the model, on the CPU in the dtype that the layer computes in."""
 
     banks: list[PackedBank]
     teacher: Tensor
     student: Tensor
     reports: list[dict[str, object]]
+    matrices: list[PackedMatrix] = field(default_factory=list)
+    matrix_reports: list[dict[str, object]] = field(default_factory=list)
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -50,13 +65,15 @@ def quantize_layer(
     teacher: Tensor,
     student: Tensor,
     seed: int,
+    matrices: Sequence[MatrixFormat] = (),
 ) -> LayerResult:
-    """Quantize the banks of a decoder layer, projection by projection, each for the inputs it will see.
+    """Quantize the banks of a decoder layer, projection by projection, each for the inputs it will see; before them the
+    other matrices, if any, all of them for the inputs that they get while nothing of this layer is quantized.
 
     layer: materialised, at `layer_path` of its model; its banks' modules are replaced. banks: with the formats they are
-    to be stored in. run: the layer on activations of
-    all windows. teacher, student: the layer's inputs in the original and in the quantized model, one tensor when they
-    are still the same. down is quantized after gate and up, for the inputs that their quantized versions make.
+    to be stored in. run: the layer on activations of all windows. teacher, student: the layer's inputs in the original
+    and in the quantized model, one tensor when they are still the same. matrices: formats of the Linears to be packed.
+    down is quantized after gate and up, for the inputs that their quantized versions make.
     """
     observed = observe_banks(layer, layer_path, banks)
     same_inputs, inputs, by_routing = student is teacher, student, recipe.routing_weighted
@@ -64,16 +81,29 @@ def quantize_layer(
     matching = recipe.matching and all(module.hidden_size == inputs.shape[-1] for module in observed.values())
     watch = run_and_keep if matching else run_and_watch
     teacher_inputs = teacher
+    linears = WatchedLinears({m.path: layer.get_submodule(m.path.removeprefix(f"{layer_path}.")) for m in matrices})
     # With goals of its own, a projection does not need the teacher's moments; those of down tell its strong channels.
     watched = PROJECTIONS if same_inputs or not matching else PROJECTIONS[1:]
-    teacher, teacher_moments, *kept = watch(run, teacher, observed, watched, by_routing=by_routing)
+    with linears if same_inputs else nullcontext():
+        teacher, teacher_moments, *kept = watch(run, teacher, observed, watched, by_routing=by_routing)
     weights = token_weights(teacher) if matching else None
     dense: dict[str, Tensor] = {}
     if weights is not None and not same_inputs:
         fitted = match_attention_(run, teacher_inputs, inputs, weights)
         dense = {f"{layer_path}.{name}": tensor for name, tensor in fitted.items()}
+    packed_matrices: list[PackedMatrix] = []
+    matrix_reports: list[dict[str, object]] = []
+    if matrices:
+        if not same_inputs:
+            for module in observed.values():
+                module.watch_()
+            with linears:
+                run.watch(inputs)
+        packed_matrices, matrix_reports = pack_linears_(linears, matrices, run.ranks, seed=seed)
+        same_inputs = False
     if not banks:
-        return LayerResult([], teacher, teacher if same_inputs else run(inputs), [], dense)
+        student = teacher if same_inputs else run(inputs)
+        return LayerResult([], teacher, student, [], packed_matrices, matrix_reports, dense)
     if recipe.error_feedback:
         for bank, module in observed.items():
             order = module.sort_channels_(teacher_moments[bank]["down_proj"], banks[bank].down_proj.vector_dim)
@@ -123,7 +153,8 @@ def quantize_layer(
     coded = {bank: original[bank] | {name: goal.weights for name, goal in goals[bank].items()} for bank in banks}
     reports = [_report(bank, coded[bank], packed[bank], seen[bank], recipe, run.ranks) for bank in banks]
     on_cpu = {bank: {name: p.to("cpu") for name, p in projections.items()} for bank, projections in packed.items()}
-    return LayerResult([PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks], teacher, student, reports, dense)
+    packed_banks = [PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks]
+    return LayerResult(packed_banks, teacher, student, reports, packed_matrices, matrix_reports, dense)
 
 
 def _tune(

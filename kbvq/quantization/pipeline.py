@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from kbvq.errors import ConfigError
-from kbvq.models.calibration import ActivationStore, LayerRunner
+from kbvq.models.calibration import ActivationStore, LayerRunner, WatchedLinears
 from kbvq.models.calibration_text import calibration_windows, load_texts
+from kbvq.models.dense_parts import NOTHING, DenseParts, find_dense_parts
 from kbvq.models.devices import choose_device
 from kbvq.models.layer_stream import LayerStream, resolve_model_folder
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.models.ranks import ONE, Ranks, join_ranks
 from kbvq.quantization.block_tuning import windows_per_step
+from kbvq.quantization.dense import decoded, pack_matrix, pack_whole_
 from kbvq.quantization.distillation import distill, tuning_windows
 from kbvq.quantization.fingerprint import run_fingerprint
 from kbvq.quantization.layer_quantization import quantize_layer
@@ -45,13 +47,24 @@ from kbvq.storage.checkpoint import (
     RUN_RECORD,
     TIMING,
     PackedCheckpointWriter,
+    read_file_headers,
+    whole_model,
 )
 from kbvq.storage.files import read_json, write_tensors
 from kbvq.storage.provenance import provenance
 from kbvq.storage.records import StoredFile
 from kbvq.storage.work_folder import CHECKPOINT, WorkFolder
 from kbvq.storage.work_folder import METRICS as WORK_METRICS
-from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, PackedProjection, ProjectionFormat, tensor_name
+from kbvq.structures import (
+    PROJECTIONS,
+    WEIGHT,
+    BankFormat,
+    PackedBank,
+    PackedMatrix,
+    PackedProjection,
+    ProjectionFormat,
+    tensor_name,
+)
 
 logger = logging.getLogger("kbvq")
 
@@ -91,11 +104,13 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run as far as it goes without reading a weight. formats: of the banks, with a budget the largest ones."""
+    """A run as far as it goes without reading a weight. formats: of the banks, with a budget the largest ones. parts:
+    what is packed outside of them."""
 
     stream: LayerStream
     ranks: Ranks
     formats: list[BankFormat]
+    parts: DenseParts
     plan: RunPlan
 
 
@@ -107,9 +122,18 @@ def prepare_run(options: QuantizeOptions) -> Prepared:
     stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
     choose = check_budget if options.recipe.budget else uniform_plan
     formats = choose(stream.banks, options.recipe)
+    parts = NOTHING
+    if options.recipe.dense_bits < 16:
+        parts = find_dense_parts(
+            stream.model,
+            stream.banks,
+            options.recipe.dense_bits,
+            keeps_float32=stream.keeps_float32,
+            is_tied=stream.is_tied,
+        )
     length = _sequence_length(options, stream)
-    plan = make_plan(stream, formats, options.recipe, samples=options.samples, sequence_length=length)
-    return Prepared(stream, ranks, formats, plan)
+    plan = make_plan(stream, formats, options.recipe, samples=options.samples, sequence_length=length, parts=parts)
+    return Prepared(stream, ranks, formats, parts, plan)
 
 
 def dry_run(options: QuantizeOptions) -> RunPlan:
@@ -142,7 +166,7 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
             work.move_to_output()
         else:
             plan.check(options.output, max_memory=options.max_memory, device=stream.device)
-            run = Run(stream, token_ids, options, prepared.formats, work, ranks)
+            run = Run(stream, token_ids, options, prepared.formats, work, ranks, prepared.parts)
             seconds = run_stages(run.stages(plan.seconds), work, shown=ranks.is_first)
             ranks.first(lambda: run.finish(seconds, kbvq_version))
             work.complete()
@@ -152,13 +176,15 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
 class Run:
     """The stages of one run. Between steps everything is in the carry:
 
-    embedded: the embeddings of all windows, [windows, tokens, hidden_size]; until the model is measured.
+    embedded: the embeddings of all windows, [windows, tokens, hidden_size], by the original and by the packed embedding
+    (one tensor twice, where that is not packed); until the model is measured.
     hidden: the same behind the layers measured so far. disturbed, growth, bias_shares: by (bank, projection), peaks: by
         bank; see sensitivity.
     formats: of all banks, once they are chosen. budget: the record of that choice.
     teacher, student: activations behind the layers quantized so far. layers: their records. further: the original's
         activations of the windows that are for end-to-end tuning alone.
-    shards: files of the checkpoint. waiting: files of layers that end-to-end tuning is still to change.
+    shards: files of the checkpoint. waiting: files of layers that end-to-end tuning is still to change. embedding: file
+    of the packed embedding, or None. matrices: the records of all packed matrices.
     """
 
     def __init__(
@@ -169,10 +195,12 @@ class Run:
         formats: list[BankFormat],
         work: WorkFolder,
         ranks: Ranks = ONE,
+        parts: DenseParts = NOTHING,
     ) -> None:
-        """token_ids: of the calibration windows, and behind them of those for end-to-end tuning (_windows)."""
+        """token_ids: of the calibration windows, and behind them of those for end-to-end tuning (_windows). parts: what
+        is packed outside the banks."""
         self.stream, self.options, self.recipe = stream, options, options.recipe
-        self.formats, self.work, self.ranks = formats, work, ranks
+        self.formats, self.work, self.ranks, self.parts = formats, work, ranks, parts
         self.token_ids, self.further_ids = token_ids.tensor_split([options.samples])
         self.windows = Windows(stream, self.token_ids, work, ranks)
         self.further = Windows(stream, self.further_ids, work, ranks) if len(self.further_ids) else None
@@ -185,18 +213,32 @@ class Run:
         if recipe.budget:
             row += [("measuring layer", layers, self.measure), ("planning", 1, self.plan)]
         row += [("quantizing layer", layers, self.quantize)]
+        if self.parts.head is not None:
+            row += [("quantizing head", 1, self.quantize_head)]
         if recipe.distillation_steps:
             row += [("distilling", 1, self.distill)]
         return [Stage(name, steps, step, seconds.get(name, 1.0) / steps) for name, steps, step in row]
 
     def prepare(self, index: int, carry: Carry) -> Step:
-        """Check every weight, embed the windows, and store what is outside the layers."""
-        self.ranks.first(self.stream.check_finite)
-        embedded = self.windows.embed()
-        shard = self._write_shard(0, self.stream.outer_tensors)
-        start = {"embedded": embedded, "shards": [shard], "formats": self.formats}
+        """Check every weight, embed the windows, and store what is outside the layers, unless the head is still to be
+        packed."""
+        stream, format = self.stream, self.parts.embedding
+        self.ranks.first(stream.check_finite)
+        embedded = packed_embedded = self.windows.embed()
+        start: Carry = {"embedding": None, "matrices": [], "shards": [], "formats": self.formats}
         if self.further is not None:
             start["further"] = self.further.embed()
+        packed: dict[str, Tensor] = {}
+        if format is not None:
+            name = f"{format.path}.{WEIGHT}"
+            matrix, report = pack_matrix(stream.weight(name), None, format, seed=self.options.seed)
+            stream.replace_(name, decoded(matrix))
+            packed_embedded, packed = self.windows.embed(), matrix.state_dict()
+            file = self.work.store("embedding.safetensors", lambda path: write_tensors(path, packed))
+            start |= {"embedding": file, "matrices": [report]}
+        if self.parts.head is None:
+            start["shards"] = [self._write_shard(0, lambda: stream.outer_tensors() | packed)]
+        start["embedded"] = (embedded, packed_embedded)
         if self.recipe.budget:
             start |= {"hidden": embedded, "disturbed": {}, "growth": {}, "bias_shares": {}, "peaks": {}}
         else:
@@ -236,11 +278,12 @@ class Run:
         plan = budget_plan(stream.banks, self.recipe, sensitivities, carry["peaks"])
         counts = Counter(row["code_bits"] for row in plan.record["projections"])  # type: ignore[attr-defined]
         text = ", ".join(f"{n} projections with {bits} code bits" for bits, n in sorted(counts.items()))
-        chosen = {"formats": plan.formats, "budget": plan.record, "shards": carry["shards"]}
-        return Step(chosen | self._first_activations(carry), text)
+        kept = {name: carry[name] for name in ("embedding", "matrices", "shards")}
+        chosen = {"formats": plan.formats, "budget": plan.record}
+        return Step(kept | chosen | self._first_activations(carry), text)
 
     def quantize(self, index: int, carry: Carry) -> Step:
-        """Quantize the banks of a layer and carry both sets of activations on."""
+        """Quantize the matrices and banks of a layer and carry both sets of activations on."""
         stream = self.stream
         banks = {
             bank: format
@@ -260,16 +303,18 @@ class Run:
                 teacher=carry["teacher"],
                 student=carry["student"],
                 seed=self.options.seed,
+                matrices=() if self.recipe.distillation_steps else self.parts.of_layer(index),
             )
+        carry["matrices"] = [*carry["matrices"], *result.matrix_reports]
         if self.recipe.distillation_steps:
-            tensors = {name: tensor for bank in result.banks for name, tensor in bank.state_dict().items()}
-            tensors |= result.dense
+            tensors = _packed_tensors(result.banks) | result.dense
             if tensors:
                 name = f"layer-{index:05d}.safetensors"
                 waiting = self.work.store(name, lambda path: write_tensors(path, tensors))
                 carry["waiting"] = [*carry["waiting"], waiting]
         else:
-            carry["shards"] = [*carry["shards"], self._write_layer(index, result.banks, result.dense)]
+            packed = [*result.banks, *result.matrices]
+            carry["shards"] = [*carry["shards"], self._write_layer(index, packed, result.dense)]
         record = {
             "layer": index,
             "output_error": _relative_error(result.student, result.teacher, self.work),
@@ -278,23 +323,70 @@ class Run:
         carry |= {"teacher": result.teacher, "student": result.student, "layers": [*carry["layers"], record]}
         return Step(carry, _layer_text(record), {"output_error": record["output_error"]})
 
+    def quantize_head(self, index: int, carry: Carry) -> Step:
+        """Quantize the head for the inputs that it gets in the quantized model, and store what is outside the layers.
+
+        End-to-end tuning comes after it and compares predictions that the original head makes of both models.
+        """
+        stream, format = self.stream, self.parts.head
+        assert format is not None
+        with stream.head(), torch.no_grad():
+            head = stream.model.get_submodule(format.path)
+            with WatchedLinears({format.path: head}) as watched:
+                for part in self.windows.parts():
+                    stream.head_inputs(carry["student"][part].to(stream.device))
+            second_moment = watched.second_moment(format.path, self.ranks)
+        weight = stream.weight(f"{format.path}.{WEIGHT}")
+        matrix, report = pack_matrix(weight, second_moment, format, seed=self.options.seed)
+        packed = matrix.state_dict()
+        if carry["embedding"] is not None:
+            packed |= load_file(self.work.path / carry["embedding"].name)
+        shard = self._write_shard(0, lambda: stream.outer_tensors() | packed)
+        text = f"error {report['relative_error']:.5f}"
+        return Step(carry | {"shards": [*carry["shards"], shard], "matrices": [*carry["matrices"], report]}, text)
+
     def distill(self, index: int, carry: Carry) -> Step:
-        """Tune the whole model on the original's predictions, and store the layers."""
+        """Tune the whole model on the original's predictions, pack the matrices of the layers for the inputs that they
+        get then, and store the layers. The matrices come last because tuning changes them, which is most of its gain.
+        """
         waiting: dict[str, Tensor] = {}
         for file in carry["waiting"]:
             waiting |= load_file(self.work.path / file.name)
-        packed = [_bank_from_tensors(format, waiting) for format in carry["formats"]]
-        dense = {name: waiting[name] for name in waiting.keys() - {n for bank in packed for n in bank.state_dict()}}
+        banks = [_bank_from_tensors(format, waiting) for format in carry["formats"]]
+        dense = {name: waiting[name] for name in waiting.keys() - _packed_tensors(banks).keys()}
+        if carry["embedding"] is not None:
+            stored = load_file(self.work.path / carry["embedding"].name)
+            embedding = PackedMatrix.from_tensors(self.parts.embedding, stored)
+            dense[f"{embedding.path}.{WEIGHT}"] = decoded(embedding)
         # On text that no layer was fitted to, where there is any: what was fitted to the other looks better than it is.
         fresh = self.further is not None
         token_ids, teacher = (self.further_ids, carry["further"]) if fresh else (self.token_ids, carry["teacher"])
-        tuned, dense = distill(self.stream, packed, dense, token_ids, teacher, self.recipe, seed=self.options.seed)
-        owner = {bank.path: bank.decoder_layer for bank in self.stream.banks}
+        inside = [format for format in self.parts.formats if format.path in self.parts.decoder_layers]
+        matrices: list[PackedMatrix] = []
+        reports: list[dict[str, object]] = []
+
+        def pack(model: nn.Module) -> None:
+            packed, records = pack_whole_(model, inside, self.token_ids, seed=self.options.seed)
+            matrices.extend(packed)
+            reports.extend(records)
+
+        tuned, dense = distill(
+            self.stream,
+            banks,
+            dense,
+            token_ids,
+            teacher,
+            self.recipe,
+            seed=self.options.seed,
+            then=pack if inside else None,
+        )
+        owner = {bank.path: bank.decoder_layer for bank in self.stream.banks} | self.parts.decoder_layers
         shards = [
-            self._write_layer(layer, [bank for bank in tuned if owner[bank.path] == layer], dense)
+            self._write_layer(layer, [part for part in (*tuned, *matrices) if owner[part.path] == layer], dense)
             for layer in range(self.stream.num_layers)
         ]
-        return Step({**carry, "shards": [*carry["shards"], *shards], "waiting": []})
+        done = {"shards": [*carry["shards"], *shards], "matrices": [*carry["matrices"], *reports], "waiting": []}
+        return Step(carry | done)
 
     def finish(self, seconds: dict[str, list[float]], kbvq_version: str) -> None:
         """Complete the checkpoint from what the last step carried."""
@@ -317,12 +409,16 @@ class Run:
             "experts_with_few_tokens": _few_tokens(carry["layers"], recipe.few_tokens),
             "layers": carry["layers"],
         }
+        if recipe.dense_bits < 16:
+            record["dense"] = {"bits": recipe.dense_bits, "matrices": carry["matrices"], "left": self.parts.left}
+        shards = [self.work.checkpoint / self.writer.shard_name(index) for index in range(self.writer.num_shards)]
+        record["whole_model"] = whole_model(read_file_headers(shards), [*formats, *self.parts.formats])
         record |= provenance(options.model, self.stream.folder, self.token_ids)
         if "budget" in carry:
             record["budget"] = carry["budget"]
         self.writer.finish(
             config=json.loads((self.stream.folder / "config.json").read_text(encoding="utf-8")),
-            banks=formats,
+            packed=[*formats, *self.parts.formats],
             source_folder=self.stream.folder,
             quantization_config={
                 "quant_method": "kbvq",
@@ -332,6 +428,7 @@ class Run:
                 "bits_per_weight": bits,
                 "code_bits": code_bits,
                 "banks": [bank.to_dict() for bank in formats],
+                **({"dense": [matrix.to_dict() for matrix in self.parts.formats]} if self.parts.formats else {}),
             },
             run_record=record,
             unhashed={
@@ -345,13 +442,15 @@ class Run:
         )
 
     def _first_activations(self, carry: Carry) -> Carry:
-        started = {"teacher": carry["embedded"], "student": carry["embedded"], "layers": [], "waiting": []}
+        teacher, student = carry["embedded"]
+        started = {"teacher": teacher, "student": student, "layers": [], "waiting": []}
         return started | {name: carry[name] for name in ("further",) if name in carry}
 
-    def _write_layer(self, index: int, banks: list[PackedBank], dense: Mapping[str, Tensor]) -> StoredFile:
-        """One shard with a decoder layer: its tensors as stored but for those in `dense`, and its packed banks."""
-        packed = {name: tensor for bank in banks for name, tensor in bank.state_dict().items()}
-        return self._write_shard(index + 1, lambda: self.stream.layer_tensors(index, dense) | packed)
+    def _write_layer(
+        self, index: int, packed: list[PackedBank | PackedMatrix], dense: Mapping[str, Tensor]
+    ) -> StoredFile:
+        """One shard with a decoder layer: its tensors as stored but for those in `dense`, and what is packed of it."""
+        return self._write_shard(index + 1, lambda: self.stream.layer_tensors(index, dense) | _packed_tensors(packed))
 
     def _write_shard(self, index: int, tensors: Callable[[], dict[str, Tensor]]) -> StoredFile:
         name = f"{CHECKPOINT}/{self.writer.shard_name(index)}"
@@ -378,13 +477,17 @@ class Windows:
         """Embeddings of all windows, [windows, tokens, hidden_size]."""
         shape = (*self.token_ids.shape, self.stream.text_config.hidden_size)
         embedded = self.store.empty(shape, self.stream.dtype)
-        batches = range(0, len(self.token_ids), self.batch_size)
-        for start in (batches[number] for number in self.ranks.share(len(batches))):
-            part = slice(start, start + self.batch_size)
+        for part in self.parts():
             embedded[part] = self.stream.layer_inputs(self.token_ids[part])[0].cpu()
             self.store.release()
         self.ranks.wait()
         return embedded
+
+    def parts(self) -> Iterator[slice]:
+        """The windows of each batch that this process runs."""
+        batches = range(0, len(self.token_ids), self.batch_size)
+        for start in (batches[number] for number in self.ranks.share(len(batches))):
+            yield slice(start, start + self.batch_size)
 
     def runner(self, layer: nn.Module, index: int) -> LayerRunner:
         """Decoder layer `index` as a function of the activations of all windows."""
@@ -475,6 +578,10 @@ def _layer_text(layer: dict) -> str:
 def _bits(num_bytes: list[int], formats: list[BankFormat]) -> float:
     """Bits per weight of so many bytes."""
     return 8 * sum(num_bytes) / sum(getattr(f, p).num_weights for f in formats for p in PROJECTIONS)
+
+
+def _packed_tensors(packed: Iterable[PackedBank | PackedMatrix]) -> dict[str, Tensor]:
+    return {name: tensor for part in packed for name, tensor in part.state_dict().items()}
 
 
 def _bank_from_tensors(format: BankFormat, tensors: dict[str, Tensor]) -> PackedBank:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +17,16 @@ from pathlib import Path
 import torch
 
 from kbvq.errors import ConfigError
+from kbvq.method.dense_matrix import WEIGHTS_AT_A_TIME
 from kbvq.method.projection import quantize_projection
+from kbvq.models.dense_parts import NOTHING, DenseParts
 from kbvq.models.layer_stream import LayerStream
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.quantization.distillation import trainable_dense, tuning_windows
 from kbvq.quantization.progress import format_seconds
 from kbvq.recipes import MAX_BITS, Recipe
 from kbvq.storage.checkpoint import check_disk_space
-from kbvq.structures import PROJECTIONS, BankFormat, InputMoments
+from kbvq.structures import PROJECTIONS, WEIGHT, BankFormat, InputMoments, MatrixFormat
 
 TOKENS_PER_BATCH = 8192
 """Tokens that run through a layer at once during calibration."""
@@ -55,6 +58,8 @@ class Amount:
 @dataclass(frozen=True)
 class RunPlan:
     """model: what it is. num_weights: in the banks. model_weights: in all. bits: true bits per weight of the banks.
+    dense_bits: of the matrices outside the banks. dense_weights: how many weights those are that are packed so.
+    dense_left: paths of the matrices that stay at 16 bits all the same, and why.
     output_bytes: of the packed checkpoint. source_bytes: of the original.
     memory: bytes at the peak of the busiest layer, on the device that computes; of the whole run. disk: bytes beside
     the model itself. seconds: by stage.
@@ -68,20 +73,35 @@ class RunPlan:
     model_weights: int
     recipe: str
     bits: float
+    dense_bits: int
+    dense_weights: int
+    dense_left: dict[str, str]
     output_bytes: int
     source_bytes: int
     memory: Amount
     disk: Amount
     seconds: dict[str, float]
 
+    @property
+    def model_bits(self) -> float:
+        """Bits per weight of the whole model, everything stored."""
+        return 8 * self.output_bytes / self.model_weights
+
     def lines(self) -> list[str]:
         """For people."""
+        dense = []
+        if self.dense_bits < 16:
+            dense = [f"  dense      {self.dense_weights / 1e9:.2f} billion weights at {self.dense_bits} bits"]
+        if self.dense_left:
+            reasons = Counter(self.dense_left.values())
+            dense += [f"             {count} matrices left at 16 bits: {why}" for why, count in reasons.items()]
         return [
             f"{self.model}: {self.num_layers} layers, recipe {self.recipe}",
             f"  quantized  {self.num_weights / 1e9:.2f} of {self.model_weights / 1e9:.2f} billion weights: "
             f"{self.num_experts} experts in {self.num_banks} banks",
+            *dense,
             f"  size       {_gigabytes(self.output_bytes)} after {_gigabytes(self.source_bytes)}; "
-            f"{self.bits:.3f} true bits per expert weight",
+            f"{self.bits:.3f} true bits per expert weight, {self.model_bits:.3f} of the whole model",
             f"  memory     {_amount(self.memory)}",
             f"  disk       {_amount(self.disk)}",
             f"  time       about {format_seconds(sum(self.seconds.values()))}: "
@@ -101,15 +121,24 @@ class RunPlan:
 
 
 def make_plan(
-    stream: LayerStream, formats: Sequence[BankFormat], recipe: Recipe, *, samples: int, sequence_length: int
+    stream: LayerStream,
+    formats: Sequence[BankFormat],
+    recipe: Recipe,
+    *,
+    samples: int,
+    sequence_length: int,
+    parts: DenseParts = NOTHING,
 ) -> RunPlan:
-    """The plan of a run with so many calibration windows. formats: of the recipe; with a budget the largest ones."""
+    """The plan of a run with so many calibration windows. formats: of the recipe; with a budget the largest ones.
+    parts: what is packed outside the banks."""
     banks, config = stream.banks, stream.text_config
     num_weights = sum(_num_weights(bank) for bank in banks)
     packed = sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS)
     if recipe.budget:
         packed = min(packed, int(recipe.bits * num_weights / 8))
+    dense_weights = sum(format.weight.num_weights for format in parts.formats)
     output = stream.dense_bytes + packed
+    output += sum(format.weight.num_bytes - stream.written_bytes(f"{format.path}.{WEIGHT}") for format in parts.formats)
     of_window = sequence_length * config.hidden_size * stream.dtype.itemsize
     activations, tuning = samples * of_window, tuning_windows(recipe, samples, sequence_length) * of_window
     return RunPlan(
@@ -121,9 +150,12 @@ def make_plan(
         model_weights=sum(p.numel() for p in stream.model.parameters()),
         recipe=recipe.name,
         bits=8 * packed / num_weights,
+        dense_bits=recipe.dense_bits,
+        dense_weights=dense_weights,
+        dense_left=parts.left,
         output_bytes=output,
         source_bytes=stream.source_bytes,
-        memory=peak_memory_bytes(stream, recipe, samples=samples, sequence_length=sequence_length),
+        memory=peak_memory_bytes(stream, recipe, samples=samples, sequence_length=sequence_length, parts=parts),
         disk=Amount(
             {
                 "output": output,
@@ -135,7 +167,7 @@ def make_plan(
                 "banks until they are tuned": packed if recipe.distillation_steps else 0,
             }
         ),
-        seconds=_seconds(stream, recipe, samples * sequence_length),
+        seconds=_seconds(stream, recipe, samples * sequence_length, parts),
     )
 
 
@@ -158,7 +190,9 @@ def _disturbed_bytes_per_window(stream: LayerStream, sequence_length: int) -> in
     return 4 * len(stream.banks) * sequence_length * stream.text_config.hidden_size * stream.dtype.itemsize
 
 
-def peak_memory_bytes(stream: LayerStream, recipe: Recipe, *, samples: int, sequence_length: int) -> Amount:
+def peak_memory_bytes(
+    stream: LayerStream, recipe: Recipe, *, samples: int, sequence_length: int, parts: DenseParts = NOTHING
+) -> Amount:
     """Largest memory that is in use at one time, by what holds it: that of the layer which needs most.
 
     Activations are mapped from the disk and not counted, but for the batch that runs.
@@ -172,7 +206,7 @@ def peak_memory_bytes(stream: LayerStream, recipe: Recipe, *, samples: int, sequ
         moments = {(bank, p): _moment_bytes(bank, p) for bank in banks for p in PROJECTIONS}
         at_work = max((_coding_bytes(bank, p, recipe) for bank, p in moments), default=0)
         widest = max([hidden, *(bank.intermediate_size * min(bank.num_experts, 8) for bank in banks)])
-        parts = {
+        held = {
             "program": _PROGRAM,
             # As read, and once more with the intermediate channels of each expert in order, and as decoded.
             "layer": size * (sizes[index] + 2 * weights),
@@ -181,12 +215,21 @@ def peak_memory_bytes(stream: LayerStream, recipe: Recipe, *, samples: int, sequ
             "coding": at_work,
             "batch": TOKENS_PER_BATCH * 4 * (4 * hidden + 2 * widest),
         }
+        if matrices := parts.of_layer(index):
+            held["matrices"] = _dense_bytes(matrices)
         if recipe.budget:
-            parts["disturbed activations"] = disturbed_bytes(stream, samples, sequence_length)
-        if sum(parts.values()) > sum(worst.values()):
-            worst = parts
+            held["disturbed activations"] = disturbed_bytes(stream, samples, sequence_length)
+        if sum(held.values()) > sum(worst.values()):
+            worst = held
+    if ends := [format for format in parts.formats if format.path not in parts.decoder_layers]:
+        weights = sum(format.weight.num_weights for format in ends)
+        outer = {"program": _PROGRAM, "embedding and head": 3 * size * weights, "matrices": _dense_bytes(ends)}
+        if sum(outer.values()) > sum(worst.values()):
+            worst = outer
     if recipe.distillation_steps:
         tuned = _tuning_bytes(stream, recipe)
+        if inside := [format for format in parts.formats if format.path in parts.decoder_layers]:
+            tuned["matrices"] = _dense_bytes(inside)
         if sum(tuned.values()) > sum(worst.values()):
             worst = tuned
     return Amount(worst)
@@ -223,6 +266,15 @@ def _coding_bytes(bank: ExpertBank, projection: str, recipe: Recipe) -> int:
     if recipe.codebook == "trellis":
         copies += 2  # an index of 8 bytes for each weight
     return 4 * copies * experts * outputs * inputs + factors * _moment_bytes(bank, projection)
+
+
+def _dense_bytes(matrices: Sequence[MatrixFormat]) -> int:
+    """Memory for the statistics of these matrices, and while one of them is coded, beside its weights."""
+    widest = max(format.weight.in_features for format in matrices)
+    largest = max(format.weight.num_weights for format in matrices)
+    statistics = sum(4 * format.weight.in_features**2 for format in matrices)
+    # Scaled, in coding order, the errors, two decoded forms and products with them, and indices of 8 bytes.
+    return statistics + 24 * widest**2 + 4 * 10 * min(largest, WEIGHTS_AT_A_TIME) + largest
 
 
 def _layer_sizes(stream: LayerStream) -> list[int]:
@@ -302,7 +354,7 @@ def _best_seconds(work: object, times: int = 3) -> float:
     return best
 
 
-def _seconds(stream: LayerStream, recipe: Recipe, tokens: int) -> dict[str, float]:
+def _seconds(stream: LayerStream, recipe: Recipe, tokens: int, parts: DenseParts) -> dict[str, float]:
     """By stage, from the products that a token takes part in and the weights that are coded."""
     speed = machine_speed(recipe, stream.device)
     config = stream.text_config
@@ -317,6 +369,7 @@ def _seconds(stream: LayerStream, recipe: Recipe, tokens: int) -> dict[str, floa
     forward += 2 * dense
     passes = 4 if recipe.error_feedback or recipe.bcos else 3  # teacher, student before gate/up, before down, behind
     passes += recipe.matching  # the experts of the original on the inputs of the student's tokens
+    passes += bool(parts.formats)  # to see the inputs of the matrices
     watched = 2.0 if recipe.matching else 1.5  # the teacher's moments, and the student's of each projection: once more
     seconds = {"preparing": _READS / 2 * stream.source_bytes / _READ_RATE}
     reading = stream.source_bytes / _READ_RATE
@@ -325,6 +378,7 @@ def _seconds(stream: LayerStream, recipe: Recipe, tokens: int) -> dict[str, floa
     seconds["quantizing layer"] = (
         tokens * (passes * forward + watched * moments) / speed.flops
         + speed.per_weight * sum(_num_weights(bank) for bank in stream.banks)
+        + speed.per_weight * sum(format.weight.num_weights for format in parts.formats)  # about as fast
         + reading
     )
     if recipe.distillation_steps:

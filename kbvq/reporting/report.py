@@ -87,6 +87,7 @@ def _facts(run: RunReport) -> list[tuple[str, str]]:
     facts = [
         ("bits per expert weight", f"{run.summary['bits_per_weight']:.3f}"),
         ("in codes alone", f"{run.summary['code_bits']:.3f}"),
+        ("of the whole model", f"{run.summary['model_bits_per_weight']:.3f}"),
         ("size on disk", f"{size.after / MEBIBYTE:,.1f} MiB"),
         ("before", f"{size.before / MEBIBYTE:,.1f} MiB"),
     ]

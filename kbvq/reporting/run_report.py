@@ -13,6 +13,7 @@ from typing import Any
 
 from kbvq.errors import CheckpointError
 from kbvq.storage.checkpoint import METRICS, RUN_RECORD, TIMING, inspect_checkpoint, read_headers
+from kbvq.structures import WEIGHT, MatrixFormat, tensor_name
 
 EVALUATION = "kbvq_eval.json"
 """What `kbvq eval --report` measured, beside the checkpoint; like the report and the card outside the manifest."""
@@ -158,7 +159,7 @@ def _bank_projections(bank: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _sizes(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> list[Size]:
-    """The packed banks by kind, then what was left as it was, by the names of its tensors."""
+    """The packed banks by kind, then the other parts, packed or as they were, by the names of their tensors."""
     item_bytes = _ITEM_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
     before: dict[str, int] = {}
     after: dict[str, int] = {}
@@ -170,10 +171,14 @@ def _sizes(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> lis
             before[part] = before.get(part, 0) + item_bytes * projection["weights"]
             after[part] = after.get(part, 0) + projection["bytes"]
     packed = tuple(paths)
+    matrices = [MatrixFormat.from_dict(matrix) for matrix in config.get("quantization_config", {}).get("dense", [])]
+    replaced = {tensor_name(m.path, WEIGHT, "codes"): item_bytes * m.weight.num_weights for m in matrices}
+    beside = {name for matrix in matrices for name in matrix.tensors()} - replaced.keys()
     for name, header in read_headers(folder).items():
         if not name.startswith(packed):
             part = next((part for part, marks in _DENSE_PARTS if any(m in f".{name}" for m in marks)), _OTHERS)
-            before[part] = before.get(part, 0) + header.num_bytes
+            own = 0 if name in beside else header.num_bytes
+            before[part] = before.get(part, 0) + replaced.get(name, own)
             after[part] = after.get(part, 0) + header.num_bytes
     order = [part for part in before if part.endswith("experts")] + [part for part, _ in _DENSE_PARTS] + [_OTHERS]
     return [Size(part, before[part], after[part]) for part in order if part in before]

@@ -29,7 +29,7 @@ def summary_text(run: RunReport, folder: Path, documents: Sequence[Path], *, bas
     few = sum(len(bank.starved) for bank in run.banks)
     facts = {
         "true bits": f"{run.summary['bits_per_weight']:.3f} bits per expert weight with everything stored, "
-        f"{run.summary['code_bits']:.3f} in codes",
+        f"{run.summary['code_bits']:.3f} in codes; {run.summary['model_bits_per_weight']:.3f} of the whole model",
         "expected": ""
         if run.predicted_kl is None
         else f"KL of about {run.predicted_kl:.4f} nats per token by measured sensitivities",

@@ -14,8 +14,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import kbvq_kernels
 from kbvq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kbvq.serving.packed_experts import packed_module
-from kbvq.storage.checkpoint import FORMAT_VERSION, check_bank_contents, check_bank_tensors, read_file_headers
-from kbvq.structures import PROJECTIONS, BankFormat
+from kbvq.serving.packed_matrix import PackedEmbedding, PackedLinear, TiedHead
+from kbvq.storage.checkpoint import FORMAT_VERSION, check_packed_contents, check_packed_tensors, read_file_headers
+from kbvq.structures import PROJECTIONS, BankFormat, MatrixFormat
 
 if TYPE_CHECKING:  # importing them loads torch._dynamo and Triton
     from transformers import PreTrainedModel
@@ -28,10 +29,12 @@ QUANT_METHOD = "kbvq"
 
 
 class KbvqConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed checkpoint; `banks` is all that loading needs, the rest describes.
+    """The `quantization_config` of a packed checkpoint; `banks` and `dense` are all that loading needs, the rest
+    describes.
 
-    banks: one `BankFormat.to_dict()` per packed bank.
-    Raises ConfigError for a format version, a field or a bank that this version of kbvq cannot read.
+    banks: one `BankFormat.to_dict()` per packed bank. dense: one `MatrixFormat.to_dict()` per packed matrix outside of
+    them.
+    Raises ConfigError for a format version, a field, a bank or a matrix that this version of kbvq cannot read.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class KbvqConfig(QuantizationConfigMixin):
         *,
         format_version: int | None = None,
         banks: Iterable[dict] = (),
+        dense: Iterable[dict] = (),
         kbvq_version: str | None = None,
         recipe: dict | None = None,
         bits_per_weight: float | None = None,
@@ -55,6 +59,8 @@ class KbvqConfig(QuantizationConfigMixin):
             raise ConfigError(f"quantization_config has the unknown fields {sorted(unknown)}; upgrade kbvq")
         if not isinstance(banks, (list, tuple)):
             raise ConfigError(f"quantization_config lists no banks but {banks!r}; fetch the checkpoint again")
+        if not isinstance(dense, (list, tuple)):
+            raise ConfigError(f"quantization_config lists no matrices but {dense!r}; fetch the checkpoint again")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists only its own methods
         self.format_version = format_version
         self.kbvq_version = kbvq_version
@@ -62,14 +68,20 @@ class KbvqConfig(QuantizationConfigMixin):
         self.bits_per_weight = bits_per_weight
         self.code_bits = code_bits
         self.banks = list(banks)
+        self.dense = list(dense)
         self.bank_formats()
+        self.matrix_formats()
 
     def bank_formats(self) -> list[BankFormat]:
         return [BankFormat.from_dict(bank) for bank in self.banks]
 
+    def matrix_formats(self) -> list[MatrixFormat]:
+        return [MatrixFormat.from_dict(matrix) for matrix in self.dense]
+
 
 class KbvqQuantizer(HfQuantizer):
-    """Puts packed modules where the banks of `KbvqConfig` are, before transformers reads the weights into them."""
+    """Puts packed modules where the banks and matrices of `KbvqConfig` are, before transformers reads weights into
+    them."""
 
     quantization_config: KbvqConfig
     requires_calibration = True  # transformers then refuses to quantize on the fly
@@ -91,7 +103,7 @@ class KbvqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Check the files against the model and replace the banks' modules.
+        """Check the files against the model and replace the modules of banks and matrices.
 
         transformers only warns about missing tensors, and may fill them with random numbers; here everything
         is compared with the headers of the files first. Raises CheckpointError naming the tensor.
@@ -108,9 +120,13 @@ class KbvqQuantizer(HfQuantizer):
         except UnsupportedModelError as error:
             raise CheckpointError(f"{error}; load the checkpoint as {_architectures(model)}") from error
         for bank in formats:
-            check_bank_tensors(bank, headers)
+            check_packed_tensors(bank, headers)
             _replace_bank_(model, bank, known.get(bank.path))
-        check_bank_contents(formats, files)
+        matrices = self.quantization_config.matrix_formats()
+        for matrix in matrices:
+            check_packed_tensors(matrix, headers)
+            _replace_matrix_(model, matrix)
+        check_packed_contents([*formats, *matrices], files)
         in_torch = sorted({known[bank.path].kind for bank in formats if known[bank.path].activation is None})
         if in_torch:
             logger.warning(
@@ -172,6 +188,50 @@ def _replace_bank_(model: PreTrainedModel, bank: BankFormat, known: ExpertBank |
     gating = read_experts(model.get_submodule(bank.path)).gating
     with torch.device("meta"):
         model.set_submodule(bank.path, packed_module(bank, gating, known.activation))
+
+
+def _replace_matrix_(model: PreTrainedModel, matrix: MatrixFormat) -> None:
+    """A packed module in the place of a Linear or an Embedding, and one in that of the head that is tied to it. Raises
+    CheckpointError when the model has another there."""
+    expected = torch.nn.Linear if matrix.kind == "linear" else torch.nn.Embedding
+    module = _module_at(model, matrix.path, expected)
+    shape = (matrix.weight.out_features, matrix.weight.in_features)
+    if tuple(module.weight.shape) != shape:
+        raise CheckpointError(
+            f"{matrix.path}: config.json makes it {list(module.weight.shape)}, its packed format says {list(shape)}; "
+            "fetch the checkpoint again"
+        )
+    if refused := kbvq_kernels.supports(**matrix.weight.to_dict()):
+        raise CheckpointError(f"{matrix.path}: {refused}; upgrade kbvq, or quantize the model again")
+    replaced = [matrix.path]
+    with torch.device("meta"):
+        if matrix.kind == "linear":
+            model.set_submodule(matrix.path, PackedLinear(matrix, module.bias))
+        else:
+            embedding = PackedEmbedding(matrix, module.weight.dtype, module.padding_idx)
+            model.set_submodule(matrix.path, embedding)
+            if matrix.tied_head:
+                head = _module_at(model, matrix.tied_head, torch.nn.Linear)
+                model.set_submodule(matrix.tied_head, TiedHead(embedding, head.bias))
+                replaced.append(matrix.tied_head)
+    # What is packed is tied by its modules, or not at all.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in list(tied.items()):
+        if {target, source} & {f"{path}.weight" for path in replaced}:
+            del tied[target]
+
+
+def _module_at(model: PreTrainedModel, path: str, expected: type[torch.nn.Module]) -> Any:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = None
+    if type(module) is not expected:
+        raise CheckpointError(
+            f"{type(model).__name__} has no {expected.__name__} at {path}; load the checkpoint as "
+            f"{_architectures(model)}"
+        )
+    return module
 
 
 def _architectures(model: PreTrainedModel) -> str:

@@ -5,41 +5,26 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kbvq_kernels
 from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import CheckpointError
 from kbvq.models.expert_forward import ExpertWeights, Gating, fill_routing, run_bank
-from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, ProjectionFormat, buffer_name
+from kbvq.serving.packed_module import PackedModule, kernels_serve
+from kbvq.structures import PROJECTIONS, BankFormat, PackedBank
 from kbvq_kernels import PreparedProjection
 
 
-class PackedBankModule(nn.Module):
-    """Buffers and forward core of a packed bank, whatever its call signature.
-
-    Every tensor of the format is a persistent buffer, not a parameter: integers cannot be parameters of a
-    trainable model, and a non-persistent buffer would hold garbage after a load through the meta device.
-    """
+class PackedBankModule(PackedModule):
+    """Buffers and forward core of a packed bank, whatever its call signature."""
 
     def __init__(self, format: BankFormat, gating: Gating, activation: str | None = None) -> None:
-        super().__init__()
+        super().__init__({projection: getattr(format, projection) for projection in PROJECTIONS})
         self.activation = activation
-        self._prepared: tuple[tuple, list[PreparedProjection]] | None = None
         self.format = format
         self.num_experts = format.gate_up_proj.num_experts
         self.gating = gating
-        for projection in PROJECTIONS:
-            for name, spec in self.projection_format(projection).tensors().items():
-                self.register_buffer(buffer_name(projection, name), torch.zeros(spec.shape, dtype=spec.dtype))
-
-    def projection_format(self, projection: str) -> ProjectionFormat:
-        return getattr(self.format, projection)
-
-    def projection_tensors(self, projection: str) -> dict[str, Tensor]:
-        """The stored tensors of one projection by their names in the format."""
-        names = self.projection_format(projection).tensors()
-        return {name: getattr(self, buffer_name(projection, name)) for name in names}
 
     @torch.no_grad()
     def load_bank_(self, bank: PackedBank) -> None:
@@ -65,9 +50,8 @@ class PackedBankModule(nn.Module):
         The kernels serve CPU and CUDA. Other devices, inputs that need a gradient, and experts with a gating that no
         kernel knows take the path in plain torch. A call without indices is that of `fill_routing`.
         """
-        needs_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
-        if self.activation is not None and hidden_states.device.type in ("cpu", "cuda") and not needs_gradient:
-            prepared = self._kernel_projections(hidden_states.dtype)
+        if self.activation is not None and kernels_serve(hidden_states):
+            prepared = self.kernel_projections(hidden_states.dtype)
             if self.num_experts > 1:
                 top_k_index, top_k_weights = fill_routing(hidden_states, top_k_index, top_k_weights, self.num_experts)
             if self.format.gate_up_proj.has_column_scale:
@@ -85,34 +69,18 @@ class PackedBankModule(nn.Module):
             self.gating,
         )
 
-    def _kernel_projections(self, dtype: torch.dtype) -> list[PreparedProjection]:
-        """Both projections as the kernels read them; made at the first call, and again when a buffer has changed.
-
-        The kernels know no column scales: those of gate_up_proj multiply its inputs, those of down_proj the rows of up,
-        which make its inputs.
-        """
-        if torch.compiler.is_compiling() and self._prepared is not None:
-            return self._prepared[1]
-        tensors = [self.projection_tensors(projection) for projection in PROJECTIONS]
-        buffers = [tensor for of_projection in tensors for tensor in of_projection.values()]
-        state = (dtype, *((t.device, t.dtype, t.data_ptr(), 0 if t.is_inference() else t._version) for t in buffers))
-        if self._prepared is None or self._prepared[0] != state:
-            made = [
-                kbvq_kernels.prepare(named, **self.projection_format(projection).to_dict(), dtype=dtype)
-                for projection, named in zip(PROJECTIONS, tensors, strict=True)
-            ]
-            if self.format.down_proj.has_column_scale:
-                made[0] = _scale_up_rows(made[0], tensors[1]["column_scale"])
-            if hasattr(self, "_hf_hook"):  # accelerate may take the buffers away again: keep no reference to them
-                return made
-            self._prepared = (state, made)
-        return self._prepared[1]
+    def _prepare(self, dtype: torch.dtype) -> list[PreparedProjection]:
+        """The kernels know no column scales: those of gate_up_proj multiply its inputs, those of down_proj the rows of
+        up, which make its inputs."""
+        made = super()._prepare(dtype)
+        if self.format.down_proj.has_column_scale:
+            made[0] = _scale_up_rows(made[0], self.projection_tensors("down_proj")["column_scale"])
+        return made
 
     def extra_repr(self) -> str:
-        formats = {projection: self.projection_format(projection) for projection in PROJECTIONS}
         return ", ".join(
             f"{name}=[{f.num_experts}, {f.out_features}, {f.in_features}] in {8 * f.num_bytes / f.num_weights:.3f} bits"
-            for name, f in formats.items()
+            for name, f in self.formats.items()
         )
 
 

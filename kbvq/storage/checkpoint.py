@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kbvq.errors import CheckpointError
 from kbvq.storage.files import check_file, copy_file, file_fingerprint, read_json, write_json, write_tensors
-from kbvq.structures import PROJECTIONS, BankFormat, TensorSpec, tensor_name
+from kbvq.structures import PROJECTIONS, WEIGHT, BankFormat, MatrixFormat, ProjectionFormat, TensorSpec, tensor_name
 
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
@@ -67,6 +67,10 @@ _LONGEST_HEADER = 100_000_000
 """Bytes; safetensors reads no longer one."""
 
 
+PackedFormat = BankFormat | MatrixFormat
+"""What config.json describes of a packed checkpoint."""
+
+
 class TensorHeader(NamedTuple):
     """A stored tensor as its file's header describes it; `num_bytes` is what it occupies on disk."""
 
@@ -102,20 +106,20 @@ class PackedCheckpointWriter:
         self,
         config: Mapping[str, Any],
         quantization_config: Mapping[str, Any],
-        banks: Iterable[BankFormat],
+        packed: Iterable[PackedFormat],
         source_folder: Path,
         run_record: Mapping[str, Any],
         unhashed: Mapping[str, Path | Mapping[str, Any]] | None = None,
     ) -> None:
         """Complete the folder; may be repeated after an interruption.
 
-        config: the source's config.json. quantization_config: what is added to it.
+        config: the source's config.json. quantization_config: what is added to it. packed: what it describes.
         source_folder: where the tokenizer and the generation config are copied from.
         run_record: how the checkpoint was made; no times, or equal runs would differ. Those go to `unhashed`: files
             outside the manifest by name, each a file to copy or data for JSON.
 
-        Raises CheckpointError when a tensor is missing, stored twice, or not as the format of its bank says, or when a
-        file cannot be written.
+        Raises CheckpointError when a tensor is missing, stored twice, or not as the format of its bank or matrix says,
+        or when a file cannot be written.
         """
         shards = [self.shard_name(index) for index in range(self.num_shards)]
         weight_map: dict[str, str] = {}
@@ -126,8 +130,8 @@ class PackedCheckpointWriter:
                 raise CheckpointError(f"{repeated[0]} is written twice; every tensor belongs to one shard")
             headers |= of_shard
             weight_map |= dict.fromkeys(of_shard, shard)
-        for bank in banks:
-            check_bank_tensors(bank, headers)
+        for format in packed:
+            check_packed_tensors(format, headers)
         names = [*shards, "config.json", RUN_RECORD]
         if self.num_shards > 1:
             total_size = sum(header.num_bytes for header in headers.values())
@@ -181,9 +185,9 @@ def read_file_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
     return headers
 
 
-def check_bank_tensors(bank: BankFormat, headers: Mapping[str, TensorHeader]) -> None:
-    """Raises CheckpointError unless every tensor of the bank is stored with the shape and dtype of its format."""
-    for name, spec in bank.tensors().items():
+def check_packed_tensors(packed: PackedFormat, headers: Mapping[str, TensorHeader]) -> None:
+    """Raises CheckpointError unless every tensor of it is stored with the shape and dtype of its format."""
+    for name, spec in packed.tensors().items():
         if name not in headers:
             raise CheckpointError(f"{name} is missing from the packed checkpoint; fetch or quantize it again")
         header = headers[name]
@@ -194,13 +198,13 @@ def check_bank_tensors(bank: BankFormat, headers: Mapping[str, TensorHeader]) ->
             )
 
 
-def check_bank_contents(banks: Iterable[BankFormat], files: Iterable[str | Path]) -> None:
-    """Raises CheckpointError for a value of the banks that is not finite or outside the bounds of its format.
+def check_packed_contents(packed: Iterable[PackedFormat], files: Iterable[str | Path]) -> None:
+    """Raises CheckpointError for a value of the packed tensors that is not finite or outside the bounds of its format.
 
     The kernels look tables up by what is stored: a group that does not exist would be read past them. Codes are not
-    read; any byte is one. `files` are those whose headers `check_bank_tensors` has passed.
+    read; any byte is one. `files` are those whose headers `check_packed_tensors` has passed.
     """
-    stored = [item for bank in banks for item in bank.tensors().items()]
+    stored = [item for format in packed for item in format.tensors().items()]
     specs = {name: spec for name, spec in stored if spec.bounds or spec.dtype.is_floating_point}
     for file in files:
         try:
@@ -228,7 +232,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """What a packed checkpoint holds, from config.json and the headers: bytes are those on disk.
 
     bits_per_weight: 8 · bytes of every tensor that replaces expert weights / number of expert weights replaced.
-    code_bits: the same of the codes alone. model_bytes: all tensors of the model.
+    code_bits: the same of the codes alone. dense: the packed matrices outside the banks, in the same numbers.
+    model_bytes, model_weights, model_bits_per_weight: of the whole model (`whole_model`).
 
     Raises CheckpointError when the folder is not a packed checkpoint or a tensor contradicts its format.
     """
@@ -241,31 +246,51 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
             "upgrade kbvq, or quantize the model again"
         )
     headers = read_headers(folder)
-    banks = []
+    banks, dense = [], []
+    formats: list[PackedFormat] = []
     total = {"weights": 0, "bytes": 0, "code_bytes": 0}
     for bank in map(BankFormat.from_dict, config["banks"]):
-        check_bank_tensors(bank, headers)
+        check_packed_tensors(bank, headers)
         projections = {}
         for projection in PROJECTIONS:
-            format = getattr(bank, projection)
-            stored = {name: headers[tensor_name(bank.path, projection, name)].num_bytes for name in format.tensors()}
-            counts = {
-                "weights": format.num_weights,
-                "bytes": sum(stored.values()),
-                "code_bytes": stored["codes"],
-            }
-            projections[projection] = format.to_dict() | counts | _bits(counts)
+            counts = _counts(bank.path, projection, getattr(bank, projection), headers)
+            projections[projection] = getattr(bank, projection).to_dict() | counts | _bits(counts)
             total = {key: total[key] + counts[key] for key in total}
         banks.append({"path": bank.path, "kind": bank.kind, **projections})
+        formats.append(bank)
+    for matrix in map(MatrixFormat.from_dict, config.get("dense", [])):
+        check_packed_tensors(matrix, headers)
+        counts = _counts(matrix.path, WEIGHT, matrix.weight, headers)
+        dense.append(matrix.to_dict() | counts | _bits(counts))
+        formats.append(matrix)
+    whole = whole_model(headers, formats)
     return {
         "format_version": FORMAT_VERSION,
         "kbvq_version": config.get("kbvq_version"),
         "recipe": config.get("recipe"),
         **_bits(total),
         **total,
-        "model_bytes": sum(header.num_bytes for header in headers.values()),
+        "model_bytes": whole["bytes"],
+        "model_weights": whole["weights"],
+        "model_bits_per_weight": whole["bits_per_weight"],
         "banks": banks,
+        "dense": dense,
     }
+
+
+def whole_model(headers: Mapping[str, TensorHeader], packed: Iterable[PackedFormat]) -> dict[str, float]:
+    """Of all tensors: their bytes on disk, the weights that they are or replace, and bits per weight."""
+    replacing: set[str] = set()
+    weights = 0
+    for format in packed:
+        replacing |= format.tensors().keys()
+        if isinstance(format, MatrixFormat):
+            weights += format.weight.num_weights
+        else:
+            weights += sum(getattr(format, projection).num_weights for projection in PROJECTIONS)
+    weights += sum(math.prod(header.shape) for name, header in headers.items() if name not in replacing)
+    num_bytes = sum(header.num_bytes for header in headers.values())
+    return {"bytes": num_bytes, "weights": weights, "bits_per_weight": 8 * num_bytes / max(weights, 1)}
 
 
 def verify_checkpoint(folder: Path) -> dict[str, int]:
@@ -296,6 +321,13 @@ def check_disk_space(folder: Path, needed_bytes: int) -> None:
             f"{folder} needs about {needed_bytes:,} bytes and its disk has {free:,} free; "
             "free some space, or choose another output folder"
         )
+
+
+def _counts(
+    path: str, projection: str, format: ProjectionFormat, headers: Mapping[str, TensorHeader]
+) -> dict[str, int]:
+    stored = {name: headers[tensor_name(path, projection, name)].num_bytes for name in format.tensors()}
+    return {"weights": format.num_weights, "bytes": sum(stored.values()), "code_bytes": stored["codes"]}
 
 
 def _bits(counts: Mapping[str, int]) -> dict[str, float]:

@@ -175,6 +175,16 @@ def _linear(x: Tensor, p: PreparedProjection, expert: int) -> Tensor:
     return y if p.bias is None else y + p.bias[expert].to(x.dtype)
 
 
+def linear(x: Tensor, p: PreparedProjection) -> Tensor:
+    """W x + b of the only expert, [T, N] in x's dtype; few tokens multiply while decoding, many go through F.linear."""
+    num_tokens = x.shape[0]
+    if library() is not None and 0 < num_tokens <= DECODE_TOKENS:
+        rows = torch.arange(num_tokens)
+        return _decode_products(x.float().contiguous(), rows, torch.zeros_like(rows), p).to(x.dtype)
+    inputs = x if x.dtype == torch.bfloat16 and multiplies_bfloat16() else x.float()
+    return _linear(inputs, p, 0).to(x.dtype)
+
+
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has products of bfloat16; without, those of float32 are several times faster."""

@@ -389,6 +389,41 @@ def _scratch_product(x: Tensor, p: PreparedProjection, ends: Tensor, experts: Te
     return out if p.bias is None else out + p.bias[experts]
 
 
+def linear_path(num_tokens: int, compute_capability: tuple[int, int], decodable: bool) -> str:
+    """ "pairs", "blocks" or "scratch", as `select_path`, for one projection of one expert; "scratch" ends in F.linear,
+    which any dtype and device can do."""
+    if not decodable or compute_capability < (8, 0) or not 0 < num_tokens <= DECODE_TOKENS_PER_EXPERT:
+        return "scratch"
+    return "pairs" if num_tokens == 1 else "blocks"
+
+
+def linear(x: Tensor, p: PreparedProjection, path: str | None = None) -> Tensor:
+    """W x + b of the only expert, [T, N]; path: one of `linear_path`'s, None to let it choose."""
+    x = _readable(x)
+    num_tokens = x.shape[0]
+    if path is None:
+        path = linear_path(num_tokens, capability(x), decodes(p, x.dtype))
+    if path != "scratch":
+        y = torch.empty(num_tokens, p.out_features, dtype=x.dtype, device=x.device)
+        if path == "pairs":
+            decode(x, None, None, 1, num_tokens, p, y, None)
+            return y
+        experts = torch.zeros(num_tokens, 1, dtype=torch.int64, device=x.device)
+        block_m = decode_block_m(num_tokens)
+        sorted_pairs, block_experts, _, _ = align(experts, 1, block_m)
+        decode(x, block_experts, sorted_pairs, 1, num_tokens, p, y, None, block_m)
+        return y
+    weight = torch.empty(1, p.out_features, p.in_features, dtype=x.dtype, device=x.device)
+    dequantize(p, weight)
+    return F.linear(x, weight[0], None if p.bias is None else p.bias[0].to(x.dtype))
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x in rows one after the other, from an address where the kernels can read 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if not x.is_meta and x.data_ptr() % 16 else x
+
+
 def moe_forward(
     x: Tensor,
     experts: Tensor | None,
@@ -399,9 +434,7 @@ def moe_forward(
     path: str | None = None,
 ) -> Tensor:
     """The mixture [T, H]; path: one of `select_path`'s, None to let it choose."""
-    x = x.contiguous()
-    if not x.is_meta and x.data_ptr() % 16:
-        x = x.clone()
+    x = _readable(x)
     num_tokens = x.shape[0]
     top_k = 1 if experts is None else experts.shape[1]
     num_experts, intermediate = gate_up_proj.num_experts, down_proj.in_features

@@ -1,4 +1,4 @@
-"""The ops that models call: `kbvq::moe` and `kbvq::dequantize`, with CPU, CUDA and fake implementations.
+"""The ops that models call, `kbvq::moe`, `kbvq::linear` and `kbvq::dequantize`, for CPU, CUDA and fake tensors.
 
 A projection reaches an op as its tensors, in the order of `PreparedProjection.tensors`, and the
 numbers that these do not determine. Triton is imported by the first call on CUDA, not before.
@@ -57,6 +57,24 @@ def _(hidden_states, top_k_index, top_k_weights, gate_up, gate_up_numbers, down,
     )
 
 
+@torch.library.custom_op("kbvq::linear", mutates_args=(), device_types="cpu")
+def _linear(inputs: Tensor, tensors: list[Tensor | None], numbers: list[int]) -> Tensor:
+    return cpu.linear(inputs, PreparedProjection.from_tensors(tensors, numbers))
+
+
+@_linear.register_kernel("cuda")
+def _(inputs, tensors, numbers):
+    from kbvq_kernels import launch
+
+    with torch.cuda.device(inputs.device):
+        return launch.linear(inputs, PreparedProjection.from_tensors(tensors, numbers))
+
+
+@_linear.register_fake
+def _(inputs, tensors, numbers):
+    return inputs.new_empty(inputs.shape[0], PreparedProjection.from_tensors(tensors, numbers).out_features)
+
+
 @torch.library.custom_op("kbvq::dequantize", mutates_args=(), device_types="cpu")
 def _dequantize(tensors: list[Tensor | None], numbers: list[int], dtype: torch.dtype) -> Tensor:
     return cpu.dequantize(PreparedProjection.from_tensors(tensors, numbers), dtype)
@@ -108,6 +126,14 @@ def moe_forward(
         down.numbers(),
         activation,
     )
+
+
+def linear(inputs: Tensor, p: PreparedProjection) -> Tensor:
+    """W x + b of the only expert of a projection, [T, out_features] in the dtype of inputs; inference only.
+
+    inputs: [T, in_features] float. Products accumulate in float32.
+    """
+    return _linear(inputs, p.tensors(), p.numbers())
 
 
 def dequantize(p: PreparedProjection, dtype: torch.dtype = torch.float32) -> Tensor:

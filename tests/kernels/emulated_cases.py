@@ -102,6 +102,21 @@ def _expected(fault: str) -> bool:
     return fault.startswith("uninitialised memory") and READS_SKIPPED_ROWS in fault
 
 
+def linear(path: str, capability: int, dtype: torch.dtype, tokens: int, **options: object) -> Outcome:
+    """One projection of one expert, 48 rows and 136 columns, by a path of launch.linear."""
+    tensors, fields = random_projection(1, 48, 136, **options)
+    prepared = prepare(tensors, **fields, dtype=dtype, device_type="cuda")
+    x = torch.randn(tokens, 136, generator=torch.Generator().manual_seed(3)).to(dtype)
+    emulator = Emulator(capability)
+    with emulator.installed():
+        y = launch.linear(x, prepared, path)
+    faults = emulator.faults.lines()
+    if emulator.unwritten(y):
+        faults.append(f"{emulator.unwritten(y)} bytes of the result are not written")
+    expected = x.double() @ reference.dequantize(tensors, **fields)[0].T + tensors["bias"].double()
+    return Outcome(relative_error(y, expected), faults, len(emulator.launched))
+
+
 def dequantized(capability: int, dtype: torch.dtype, rows: int = 35, **options: object) -> Outcome:
     """Weights of two experts of `rows` rows and 72 columns, by dequantize_kernel."""
     tensors, fields = random_projection(2, rows, 72, **options)

@@ -17,7 +17,7 @@ from packed_case import random_routing
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
     import emulated_cases as cases
-    from emulated_cases import FLOAT, HALF, Mixture
+    from emulated_cases import BF16, FLOAT, HALF, Mixture
     from ptx_emulator.launches import Emulator
 
     from kbvq_kernels import reference
@@ -83,6 +83,16 @@ def test_mixture_equals_reference_without_a_fault(name):
     _, outcome = cases.run(MIXTURES[name])
     assert outcome.faults == []
     assert outcome.error <= cases.TOLERANCE[MIXTURES[name].dtype]
+
+
+@pytest.mark.parametrize(
+    "path, capability, dtype, tokens, stages",
+    [("pairs", 90, BF16, 1, 2), ("pairs", 80, HALF, 2, 1), ("blocks", 80, BF16, 9, 2), ("scratch", 90, BF16, 25, 2)],
+)
+def test_linear_equals_reference(path, capability, dtype, tokens, stages):
+    outcome = cases.linear(path, capability, dtype, tokens, vector_dim=2, num_stages=stages)
+    assert outcome.faults == []
+    assert outcome.error <= cases.TOLERANCE[dtype]
 
 
 def test_what_a_load_leaves_undefined_reaches_no_result():

@@ -116,6 +116,17 @@ def test_shared_expert():
         assert torch.equal(kbvq_kernels.moe_forward(x[:tokens], None, None, gate_up, down), routed)
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 24, 100])
+@pytest.mark.parametrize("options", [{"vector_dim": 2}, {"vector_dim": 2, "num_stages": 2}], ids=["4 bits", "8 bits"])
+def test_linear(options, tokens):
+    tensors, fields = random_projection(1, 384, 512, **options)
+    for dtype in (BF16, HALF, FLOAT):
+        x = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(3)).to(dtype)
+        actual = kbvq_kernels.linear(x.cuda(), on_gpu(tensors, fields, dtype)).cpu()
+        expected = x.double() @ reference.dequantize(tensors, **fields)[0].T + tensors["bias"].double()
+        assert error(actual, expected) < TOLERANCE[dtype]
+
+
 def test_hidden_states_at_any_address():
     """decode_kernel reads 16 bytes at a time; a view may start anywhere."""
     (x, *rest), _ = case(WIDE, 3, BF16, FORMATS["signed-d8"])

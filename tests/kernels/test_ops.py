@@ -107,6 +107,19 @@ def test_shared_expert_needs_no_routing(decoder):
     assert error(routed, expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17])
+@pytest.mark.parametrize("name", ["rq3-d2", "vq-d4", "trellis-4"])
+def test_linear_equals_reference(decoder, name, num_tokens, dtype):
+    tensors, fields = random_projection(1, 48, 56, **FORMATS[name])
+    x = torch.randn(num_tokens, 56, generator=torch.Generator().manual_seed(3)).to(dtype)
+    actual = kbvq_kernels.linear(x, prepare(tensors, **fields, dtype=dtype))
+    assert (actual.dtype, actual.shape) == (dtype, (num_tokens, 48))
+    expected = x.double() @ reference.dequantize(tensors, **fields)[0].T
+    expected = expected + tensors["bias"].double() if "bias" in tensors else expected
+    assert num_tokens == 0 or error(actual, expected) < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+
+
 def num_rows(name: str) -> int:
     """Rows of a trellis code of 2 or 4 bits may fill no group of 8; streams of 1 and 3 bits need whole groups."""
     return 16 if name in ("trellis-1", "trellis-3") else 12
@@ -170,6 +183,10 @@ def test_registrations():
         torch.library.opcheck(ops._moe, arguments, test_utils=utilities)
         arguments = (gate_up.tensors(), gate_up.numbers(), torch.float16)
         torch.library.opcheck(ops._dequantize, arguments, test_utils=("test_schema", "test_faketensor"))
+    tensors, fields = random_projection(1, 48, 56, vector_dim=2, num_stages=2)
+    prepared_linear = prepare(tensors, **fields)
+    arguments = (torch.randn(3, 56), prepared_linear.tensors(), prepared_linear.numbers())
+    torch.library.opcheck(ops._linear, arguments, test_utils=utilities)
 
 
 def test_compiles_into_one_graph():
