@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kbvq.errors import KbvqError
 from kbvq.models.layer_stream import LayerStream
+from kbvq.models.model_headers import write_header
 from kbvq.quantization.planning import check_budget
 from kbvq.quantization.progress import format_seconds
 from kbvq.quantization.run_plan import RunPlan, make_plan
@@ -94,7 +95,7 @@ def write_model(folder: Path, fields: dict[str, object]) -> PreTrainedConfig:
             shards.setdefault(shard, {})[stored] = shape
             weight_map[stored] = shard
     for shard, tensors in shards.items():
-        _write_header(folder / shard, tensors)
+        write_header(folder / shard, {name: ("BF16", shape) for name, shape in tensors.items()})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return config
 
@@ -115,19 +116,6 @@ def hub_tensors(name: str, shape: tuple[int, ...], model_type: str) -> list[tupl
         for expert in range(experts)
         for part, height in parts
     ]
-
-
-def _write_header(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
-    header, end = {}, 0
-    for name, shape in tensors.items():
-        size = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    content = json.dumps(header).encode()
-    content += b" " * (-len(content) % 8)
-    with open(path, "wb") as stream:
-        stream.write(len(content).to_bytes(8, "little") + content)
-        stream.truncate(8 + len(content) + end)
 
 
 def plan_model(fields: dict[str, object], recipe: str, bits: float) -> tuple[RunPlan, float]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import get_local_safetensors_metadata
 from plan_table import CONFIGS, plan_model
 from quantizing import quantize
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ from tiny_models import save_tiny_model
 
 from kbvq.cli import main
 from kbvq.errors import CheckpointError, ConfigError
+from kbvq.models import model_headers
 from kbvq.quantization.progress import Part, Progress, format_seconds
 from kbvq.recipes import make_recipe
 
@@ -57,6 +59,34 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, text, capsys):
     for part in ("2 layers", "quantized", "true bits", "memory", "disk", "time", "measuring layer"):
         assert part in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("shard_size", ["50KB", "1GB"])
+def test_dry_run_of_a_hub_name_reads_headers_alone(tmp_path, text, capsys, monkeypatch, shard_size):
+    """The hub's own client answers from local files, without a byte of weights; the plan is that of the folder."""
+    local = tmp_path / "local"
+    save_tiny_model(local, "qwen2_moe", max_shard_size=shard_size)
+    monkeypatch.setattr(model_headers, "hf_hub_download", lambda name, file: str(local / file))
+    monkeypatch.setattr(model_headers, "get_safetensors_metadata", lambda name: get_local_safetensors_metadata(local))
+    assert main(["quantize", *options(tmp_path, text)[2:], "--model", "owner/name", "--dry-run"]) == 0
+    remote = capsys.readouterr().out.splitlines()
+    assert main(["quantize", *options(tmp_path, text)[2:], "--model", str(local), "--dry-run"]) == 0
+    assert [line for line in remote if "time " not in line] == [
+        line for line in capsys.readouterr().out.splitlines() if "time " not in line
+    ]
+
+
+def test_dry_run_of_a_hub_name_offline_says_what_to_do(tmp_path, text, capsys):
+    assert main(["quantize", *options(tmp_path, text)[2:], "--model", "kbvq-tests/absent", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no local folder kbvq-tests/absent" in error and "pass a local folder" in error
+
+
+def test_headers_have_the_bytes_of_every_dtype(tmp_path):
+    tensors = {"a": ("BF16", (3, 5)), "b": ("F8_E4M3", (7,)), "c": ("I64", ()), "d": ("BOOL", (2,)), "e": ("F4", (4,))}
+    model_headers.write_header(tmp_path / "x.safetensors", tensors)
+    length = int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little")
+    assert (tmp_path / "x.safetensors").stat().st_size == 8 + length + 30 + 7 + 8 + 2 + 2
 
 
 def test_every_run_prints_its_plan_and_keeps_to_its_size(tmp_path, text, caplog):

@@ -54,8 +54,7 @@ def resolve_model_folder(name_or_path: str) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
-        raise CheckpointError(f"{name_or_path} is neither a folder nor a model name of the hub; pass one of them")
+    check_model_name(name_or_path)
     try:
         return Path(
             snapshot_download(
@@ -70,6 +69,12 @@ def resolve_model_folder(name_or_path: str) -> Path:
             f"there is no local folder {name_or_path}, and the hub did not provide such a model ({reason}); check the "
             "name and the connection, or pass a local folder with config.json and the safetensors shards"
         ) from error
+
+
+def check_model_name(name: str) -> None:
+    """Raises CheckpointError for what cannot be the name of a model of the hub."""
+    if Path(name).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise CheckpointError(f"{name} is neither a folder nor a model name of the hub; pass one of them")
 
 
 @dataclass(frozen=True)

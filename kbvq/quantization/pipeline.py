@@ -29,6 +29,7 @@ from kbvq.models.calibration_text import calibration_windows, load_texts
 from kbvq.models.dense_parts import NOTHING, DenseParts, find_dense_parts
 from kbvq.models.devices import choose_device
 from kbvq.models.layer_stream import LayerStream, resolve_model_folder
+from kbvq.models.model_headers import model_headers
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.models.ranks import ONE, Ranks, join_ranks
 from kbvq.quantization.block_tuning import windows_per_step
@@ -114,11 +115,10 @@ class Prepared:
     plan: RunPlan
 
 
-def prepare_run(options: QuantizeOptions) -> Prepared:
+def prepare_run(options: QuantizeOptions, folder: Path) -> Prepared:
     """Open the model, choose formats, and plan. Raises KbvqError subclasses for what cannot be quantized."""
     device = choose_device(options.device)
     ranks = join_ranks(device)
-    folder = resolve_model_folder(options.model)
     stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
     choose = check_budget if options.recipe.budget else uniform_plan
     formats = choose(stream.banks, options.recipe)
@@ -137,11 +137,12 @@ def prepare_run(options: QuantizeOptions) -> Prepared:
 
 
 def dry_run(options: QuantizeOptions) -> RunPlan:
-    """The plan of a run, checked against this machine; no weight is read and nothing is written.
+    """The plan of a run, checked against this machine; no weight is read or downloaded and nothing is written.
 
     Raises KbvqError subclasses as `quantize_model` would before its first layer, but for the calibration text.
     """
-    prepared = prepare_run(options)
+    with model_headers(options.model) as folder:
+        prepared = prepare_run(options, folder)
     prepared.plan.check(options.output, max_memory=options.max_memory, device=prepared.stream.device)
     return prepared.plan
 
@@ -154,7 +155,7 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
     Returns the record of the run, as written beside the checkpoint.
     Raises KbvqError subclasses; see the functions called.
     """
-    prepared = prepare_run(options)
+    prepared = prepare_run(options, resolve_model_folder(options.model))
     stream, ranks, plan = prepared.stream, prepared.ranks, prepared.plan
     with WorkFolder(options.output, overwrite=options.overwrite, ranks=ranks) as work:
         token_ids = _windows(options, stream)
