@@ -79,6 +79,7 @@ def rows(group: int) -> list[Row]:
         Row("default, same bits by budget", "default", {}, uniform),
         Row("default, rq", "default", {"codebook": "rq", "refits": 2}, equal),
         Row("default, rq-grouped", "default", {"codebook": "rq-grouped", "refits": 2}, equal),
+        *([Row("default, rq-moe", "default", {"codebook": "rq-moe", "refits": 2}, equal)] if group == 2 else []),
     ]
 
 

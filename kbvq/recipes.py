@@ -37,9 +37,12 @@ CODES: dict[str, dict[int, Code]] = {
     },
     "trellis": {1: Code(1, 2, 0.285), 2: Code(1, 4, 0.0693), 3: Code(1, 8, 0.0180), 4: Code(1, 16, 0.0048)},
 }
-"""Codebook as asked for -> code bits per weight -> code. "sign-vq" is stored as "vq" with sign bits."""
+"""Codebook as asked for -> code bits per weight -> code. "sign-vq" is stored as "vq" with sign bits, one stage
+of "rq-moe", which has no network, as "vq"."""
 
 CODES["rq-grouped"] = CODES["rq"]
+CODES["rq-moe"] = {bits: code for bits, code in CODES["rq"].items() if code.num_stages < 3}
+"""A third stage would see 65536 pairs of codes, too many to expand its codewords for each."""
 
 MIN_BITS, MAX_BITS = 1.5, 4.0
 """True bits per weight that a budget can be set to."""
@@ -150,6 +153,17 @@ class Recipe:
             raise ConfigError(f"codebook {self.codebook!r} is not supported; choose one of {', '.join(CODES)}")
         if self.budget and not MIN_BITS <= self.bits <= MAX_BITS:
             raise ConfigError(f"--bits {self.bits} is not supported; choose a number from {MIN_BITS} to {MAX_BITS}")
+        if self.codebook == "rq-moe" and not self.budget and self.bits == 3:
+            raise ConfigError(
+                "--bits 3 with codebook rq-moe needs a third stage, whose codewords cannot be expanded for all 65536 "
+                "pairs of codes before it; choose --codebook rq-grouped or another codebook, or a budget, which mixes "
+                "2 and 4 bits"
+            )
+        if self.codebook == "rq-moe" and self.codebook_scope != "bank":
+            raise ConfigError(
+                "codebook rq-moe has one network for all experts, as each takes megabytes expanded; choose "
+                "--codebook-scope bank or another codebook"
+            )
         if not self.budget and self.bits not in CODES[self.codebook]:
             raise ConfigError(
                 f"--bits {self.bits} is not supported without a budget; choose one of {sorted(CODES[self.codebook])}"
@@ -201,11 +215,12 @@ class Recipe:
             )
         grouped = self.codebook == "rq-grouped" and code.num_stages > 1
         trellis = self.codebook == "trellis"
+        plain = self.codebook == "sign-vq" or (self.codebook == "rq-moe" and code.num_stages == 1)
         return ProjectionFormat(
             num_experts=num_experts,
             out_features=out_features,
             in_features=in_features,
-            codebook="vq" if self.codebook == "sign-vq" else self.codebook,
+            codebook="vq" if plain else self.codebook,
             vector_dim=code.vector_dim,
             codebook_size=code.codebook_size,
             num_stages=code.num_stages,

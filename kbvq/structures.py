@@ -27,8 +27,14 @@ WEIGHT = "weight"
 INDEX_BITS = {256: 8, 4096: 12}
 """Codebook size -> bits of one code; the sizes that `kbvq.codes.packing` can store."""
 
-CODEBOOKS = ("vq", "rq", "rq-grouped", "trellis")
+CODEBOOKS = ("vq", "rq", "rq-grouped", "rq-moe", "trellis")
 """Names of the code formats; see `ProjectionFormat`."""
+
+MAX_GROUPS = 256
+"""Groups of the first codewords of rq-grouped: a byte names one."""
+
+RQ_MOE_REFINERS, RQ_MOE_WIDTH = 4, 16
+"""Refiners of the network of rq-moe, each one block deep, and hidden units of each (`kbvq.codes.rq_moe`)."""
 
 TRELLIS_STATE_BITS = 12
 """Bits of the stream that a value of a trellis code depends on (see `kbvq.codes.trellis`)."""
@@ -63,6 +69,8 @@ class ProjectionFormat:
         "rq": the sum of `num_stages` codewords, stage s from table s.
         "rq-grouped": the same, but the codeword of stage 0 belongs to one of `num_groups` groups, and the later stages
             take theirs from the tables of that group.
+        "rq-moe": the sum of a codeword of stage 0 and one of stage 1 that a small network makes of both codes; what is
+            stored is the network (`kbvq.codes.expansion`), what is decoded the tables of `expanded`.
         "trellis": one value per weight, a function of a window of the expert's bit stream; a stream for each column,
             down its rows. codebook_size 2^bits, vector_dim 1, no table is stored.
     num_codebooks: 1 when the bank shares a codebook, `num_experts` when each expert has its own.
@@ -91,11 +99,6 @@ class ProjectionFormat:
 
     def __post_init__(self) -> None:
         self._check_fields()
-        if self.codebook == "rq-moe":
-            raise ConfigError(
-                "codebook rq-moe: tables by groups are named rq-grouped since 2026-11-25; write that name into the "
-                "config.json of the checkpoint, or quantize the model again"
-            )
         if self.codebook not in CODEBOOKS:
             raise ConfigError(f"codebook {self.codebook!r} is not known; use one of {', '.join(CODEBOOKS)}")
         if self.codebook == "trellis":
@@ -107,8 +110,12 @@ class ProjectionFormat:
                 f"sign bits need codebook vq and in_features in multiples of 8, not {self.codebook} and "
                 f"{self.in_features}; choose other --bits or another --codebook"
             )
-        if self.num_groups != 1 and (self.codebook != "rq-grouped" or not 1 <= self.num_groups <= 8):
-            raise ConfigError(f"num_groups {self.num_groups}: rq-grouped has 1 to 8 groups, other codebooks 1")
+        if self.codebook == "rq-moe":
+            self._check_rq_moe()
+        if self.num_groups != 1 and (self.codebook != "rq-grouped" or not 1 <= self.num_groups <= MAX_GROUPS):
+            raise ConfigError(
+                f"num_groups {self.num_groups}: rq-grouped has 1 to {MAX_GROUPS} groups, other codebooks 1"
+            )
         if self.in_features % self.vector_dim:
             raise ConfigError(
                 f"in_features {self.in_features} is not a multiple of vector_dim {self.vector_dim}; choose other --bits"
@@ -131,6 +138,20 @@ class ProjectionFormat:
             lowest = 0 if field.name == "rank" else 1
             if type(value) is int and value < lowest:
                 raise ConfigError(f"{field.name} must be at least {lowest}, not {value}")
+
+    def _check_rq_moe(self) -> None:
+        """Until 2026-11-25 the tables of rq-grouped had this name: one stage, or several groups, or three stages."""
+        if self.num_groups != 1 or self.num_stages != 2 or self.codebook_size != 256:
+            raise ConfigError(
+                f"codebook rq-moe has 2 stages of 256 codewords and no groups, not {self.num_stages} of "
+                f"{self.codebook_size} and {self.num_groups}; tables by groups are named rq-grouped since 2026-11-25: "
+                "write that name into the config.json of the checkpoint, or quantize the model again"
+            )
+        if self.num_codebooks != 1:
+            raise ConfigError(
+                f"codebook rq-moe has one network for all experts, not {self.num_codebooks}: expanded, each takes "
+                "megabytes; choose --codebook-scope bank or another --codebook"
+            )
 
     def _check_trellis(self) -> None:
         bits = self.codebook_size.bit_length() - 1
@@ -165,8 +186,25 @@ class ProjectionFormat:
     @property
     def num_tables(self) -> int:
         """Tables of `codebook_size` codewords in one codebook: one per stage; in rq-grouped stage 0 has one, each later
-        stage one per group, in the order (1, group 0), (1, group 1), …, (2, group 0), …"""
+        stage one per group, in the order (1, group 0), (1, group 1), …, (2, group 0), …; in rq-moe those of the two
+        stages and the instructions of the first codes."""
+        if self.codebook == "rq-moe":
+            return 3
         return 1 + (self.num_stages - 1) * self.num_groups
+
+    @property
+    def expanded(self) -> ProjectionFormat:
+        """The format of tables that decodes to the same: of rq-moe one that has a group for every first code, of the
+        others their own."""
+        if self.codebook != "rq-moe":
+            return self
+        return dataclasses.replace(self, codebook="rq-grouped", num_groups=self.codebook_size, codebook_dtype="float16")
+
+    @property
+    def network_values(self) -> int:
+        """Numbers in the matrices of the network of rq-moe: P, G1, G2, B1, B2 (`kbvq.codes.rq_moe`)."""
+        dim, refiners, width = self.vector_dim, RQ_MOE_REFINERS, RQ_MOE_WIDTH
+        return 2 * dim * dim + 4 * refiners * (dim + refiners) + 2 * refiners * width * dim
 
     @property
     def num_weights(self) -> int:
@@ -189,6 +227,8 @@ class ProjectionFormat:
             }
             if self.codebook_dtype == "int8":
                 specs["codebook_scale"] = TensorSpec((books, tables), torch.float16)
+            if self.codebook == "rq-moe":
+                specs["network"] = TensorSpec((self.network_values,), torch.float16)
             if self.num_groups > 1:
                 specs["groups"] = TensorSpec((books, self.codebook_size), torch.uint8, (0, self.num_groups - 1))
         if self.has_scale:

@@ -55,6 +55,9 @@ def reference_weight(packed: PackedProjection, codes: torch.Tensor, expert: int)
             if format.codebook == "trellis":
                 weight[row, vector] = trellis_value(format, codes[0, expert, :, vector].tolist(), row)
                 continue
+            if format.codebook == "rq-moe":
+                weight[row, columns] = rq_moe_vector(format, t, *codes[:, expert, row, vector].tolist())
+                continue
             for stage in range(format.num_stages):
                 table = stage
                 if format.num_groups > 1 and stage:
@@ -79,6 +82,22 @@ def reference_weight(packed: PackedProjection, codes: torch.Tensor, expert: int)
     if format.has_column_scale:
         weight = weight @ torch.diag(t["column_scale"].double())
     return weight
+
+
+def rq_moe_vector(format: ProjectionFormat, tensors: dict, first: int, second: int) -> torch.Tensor:
+    """The vector of a pair of codes, [d] float64: the equations of RQ-MoE on the stored network."""
+    dim, refiners, width = format.vector_dim, 4, 16
+    tables = tensors["codebook"][0].double()
+    if format.codebook_dtype == "int8":
+        tables = tables * tensors["codebook_scale"][0].double()[:, None, None]
+    sizes = [2 * dim * dim, 4 * refiners * dim, 4 * refiners * refiners, refiners * width * dim, refiners * width * dim]
+    p, g1, g2, b1, b2 = tensors["network"].double().split(sizes)
+    u = p.view(dim, 2 * dim) @ torch.cat([tables[1, second], tables[2, first]])
+    gates = (g2.view(refiners, -1) @ (g1.view(-1, dim) @ u).clamp(min=0)).softmax(0)
+    total = tables[0, first].clone()
+    for gate, into, out in zip(gates, b1.view(refiners, width, dim), b2.view(refiners, dim, width), strict=True):
+        total += gate * (u + out @ (into @ u).clamp(min=0))
+    return total
 
 
 def trellis_value(format: ProjectionFormat, codes: list[int], row: int) -> float:

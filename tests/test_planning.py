@@ -26,7 +26,7 @@ def sensitivities(banks, recipe, divergences=None):
     distortion = {bits: code.distortion for bits, code in CODES[recipe.codebook].items()}
     growth = {(bits, rank): distortion[bits] / distortion[base] for bits in distortion for rank in BUDGET_RANKS}
     sites = [(bank, projection) for bank in banks for projection in PROJECTIONS]
-    rates = probed_rates(recipe.bits)
+    rates = probed_rates(recipe)
     low, high = (distortion[rate] / distortion[base] for rate in rates)
 
     def sensitivity(value):

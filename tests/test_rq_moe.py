@@ -204,7 +204,9 @@ def test_loss_is_the_normalised_residual_loss() -> None:
     gates = model._codewords(codes)[1].double()
     torch.testing.assert_close(gates.sum(2), torch.ones_like(gates.sum(2)))
     expected = expected + 0.01 * gates.mean(1).square().sum()
-    torch.testing.assert_close(model._loss(normalised, codes, 0.01).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model._loss(normalised, torch.ones(50), codes, 0.01).double(), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_shortlist_of_all_codewords_is_the_exact_search_and_a_short_one_is_not() -> None:

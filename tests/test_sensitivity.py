@@ -108,7 +108,12 @@ def test_predictions_follow_the_power_law_through_the_probes():
 
 
 def test_probed_rates_lie_around_the_budget():
-    assert [probed_rates(bits) for bits in (1.5, 2, 2.25, 3.3, 4)] == [(1, 2), (2, 3), (2, 3), (3, 4), (3, 4)]
+    for codebook, expected in (
+        ("trellis", [(1, 2), (2, 3), (2, 3), (3, 4), (3, 4)]),
+        ("rq-moe", [(1, 2), (2, 4), (2, 4), (2, 4), (2, 4)]),  # it has no 3 bits
+    ):
+        bits = (1.5, 2, 2.25, 3.3, 4)
+        assert [probed_rates(make_recipe("default", value, codebook=codebook)) for value in bits] == expected
 
 
 def test_probe_disturbs_one_projection_at_a_time_and_carries_the_rest_on():

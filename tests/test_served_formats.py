@@ -29,18 +29,27 @@ OPTIONS = {
 """Changes of the recipe default."""
 
 
+WRITTEN = [
+    (codebook, bits, option)
+    for codebook, codes in CODES.items()
+    for bits in codes
+    for option in OPTIONS
+    if (codebook, option) != ("rq-moe", "as published")  # it has no network for each expert
+]
+
+
 def written_format(codebook: str, bits: int, option: str) -> ProjectionFormat:
     """What that recipe writes, for a projection with vectors enough for any codebook."""
     recipe = make_recipe("default", 2.0, codebook=codebook, **OPTIONS[option])
     return recipe.projection_format(EXPERTS, WIDTH, WIDTH, bits=bits)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("codebook, bits", [(name, bits) for name, codes in CODES.items() for bits in codes])
+@pytest.mark.parametrize("codebook, bits, option", WRITTEN)
 def test_kernels_serve_what_recipes_write(codebook, bits, option):
     """With sums of at most 128 terms in float32, on an expert with many tokens and on others with few."""
-    fields = written_format(codebook, bits, option).to_dict()
-    assert kbvq_kernels.supports(**fields, activation="silu") is None
+    format = written_format(codebook, bits, option)
+    assert kbvq_kernels.supports(**format.expanded.to_dict(), activation="silu") is None
+    fields = format.to_dict()
     options = {name: v for name, v in fields.items() if name not in ("num_experts", "out_features", "in_features")}
     bank = random_bank("experts", "routed", EXPERTS, WIDTH, WIDTH, seed=1, **options)
     if options["signed"]:
@@ -65,10 +74,8 @@ def test_all_that_recipes_write_is_compiled_ahead_of_time():
     names = ("codebook", "vector_dim", "codebook_size", "num_stages", "num_groups", "signed", "codebook_dtype")
     absent = {field.name: field.default for field in dataclasses.fields(ProjectionFormat)}
     compiled = {tuple((absent | options)[name] for name in names) for options in aot.FORMATS.values()}
-    for codebook, codes in CODES.items():
-        for bits in codes:
-            for option in OPTIONS:
-                fields = written_format(codebook, bits, option).to_dict()
-                if fields["num_stages"] == 1 and codebook != "trellis":
-                    fields["codebook"] = "vq"  # one stage of rq or rq-grouped is no other code
-                assert tuple(fields[name] for name in names) in compiled, (codebook, bits, option)
+    for codebook, bits, option in WRITTEN:
+        fields = written_format(codebook, bits, option).expanded.to_dict()
+        if fields["num_stages"] == 1 and codebook != "trellis":
+            fields["codebook"] = "vq"  # one stage of rq or rq-grouped is no other code
+        assert tuple(fields[name] for name in names) in compiled, (codebook, bits, option)

@@ -96,8 +96,9 @@ def test_a_trellis_coded_by_a_team_has_the_bytes_of_one_process(coded, count):
         assert report == expected[2]
 
 
-def test_refitted_tables_differ_by_the_order_of_sums_alone(coded):
-    quantize = work(make_recipe("fast", 2))
+@pytest.mark.parametrize("codebook", ["sign-vq", "rq-moe"])
+def test_refitted_tables_differ_by_the_order_of_sums_alone(coded, codebook):
+    quantize = work(make_recipe("fast", 2, codebook=codebook))
     expected = quantize(Member(Members(1), 0))
     members = Members(2)
     with ThreadPoolExecutor(2) as pool:

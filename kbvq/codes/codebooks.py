@@ -6,6 +6,7 @@ hands one for each expert and group of d channels; the identity gives plain near
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,14 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kbvq.codes.kmeans import nearest_codewords
-from kbvq.codes.packing import pack_bits, pack_stages, store_tables, table_values
+from kbvq.codes.packing import expand, pack_bits, pack_stages, store_network, store_tables, table_values
 from kbvq.codes.residual_quantization import beam_search
+from kbvq.codes.rq_moe import RQMoE
 from kbvq.codes.trellis import TrellisCode
 from kbvq.structures import ProjectionFormat
 from kbvq_kernels import encode as compiled
 
 BEAM = 8
 """Partial sums kept while a sum of codewords is chosen."""
+
+REFIT_VECTORS = 1 << 17
+"""Vectors of a projection on which the network of rq-moe is trained, at most."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,9 @@ class Codebook(Protocol):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes -> values [E, rows, d]."""
 
-    def refit(self) -> Refit | None:
-        """An empty sum of statistics, or None when there is nothing to refit."""
+    def refit(self, first_expert: int = 0) -> Refit | None:
+        """An empty sum of statistics, or None when there is nothing to refit. first_expert: the place in the bank of
+        the first expert that is coded here."""
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         """The stored tensors: codes, and the tables where there are any."""
@@ -94,6 +100,8 @@ class TableCodebook:
         self.stored = store_tables(tables, format.codebook_dtype)
         self.tables = table_values(self.stored)
         self.groups = groups
+        if groups is not None:
+            self.stored["groups"] = groups.to(torch.uint8)
 
     def code_block(self, block: FeedbackBlock, refit: Refit | None) -> bool:
         suits = self.vector_dim in compiled.VECTOR_DIMS and self.format.codebook_size % compiled.CODEWORDS == 0
@@ -114,9 +122,10 @@ class TableCodebook:
         if self.format.num_stages == 1:
             return nearest_codewords(targets @ metric, tables[:, 0] @ metric)[None]
         groups = None if self.groups is None else self.groups.expand(len(targets), -1)
-        codes = beam_search(
-            targets @ metric, tables @ metric[:, None], groups, num_groups=self.format.num_groups, beam=BEAM
-        )
+        codes = torch.empty(*targets.shape[:2], self.num_planes, dtype=torch.int64, device=targets.device)
+        for expert, of_expert in enumerate(targets @ metric):  # one at a time: expanded tables are large
+            own = tables[expert] @ metric[expert], None if groups is None else groups[expert]
+            codes[expert] = beam_search(of_expert, *own, num_groups=self.format.num_groups, beam=BEAM)
         return codes.permute(2, 0, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -145,7 +154,7 @@ class TableCodebook:
             cells.append((book * tables + table) * size + codes[stage])
         return cells
 
-    def refit(self) -> TableRefit:
+    def refit(self, first_expert: int = 0) -> TableRefit:
         return TableRefit(self)
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
@@ -154,8 +163,6 @@ class TableCodebook:
         if self.format.signed:
             bits = codes[1][..., None] >> torch.arange(self.vector_dim, device=codes.device) & 1
             stages = torch.cat([stages, pack_bits(bits.flatten(-2).bool())], -1)
-        if self.groups is not None:
-            tensors["groups"] = self.groups.to(torch.uint8)
         return {"codes": stages} | tensors
 
 
@@ -196,6 +203,54 @@ class TableRefit:
         return TableCodebook(self.codebook.format, solved.view(tables.shape), self.codebook.groups)
 
 
+class NetworkCodebook(TableCodebook):
+    """The codebook of `rq-moe`: a network, rounded as it will be stored. Codes are chosen among the codewords of its
+    expansion, for every first code all second ones."""
+
+    def __init__(self, format: ProjectionFormat, network: RQMoE) -> None:
+        stored = store_network(network, format.codebook_dtype)
+        expanded, tensors = expand(format, stored)
+        super().__init__(expanded, table_values(tensors), tensors["groups"].long())
+        self.network, self.network_format, self.stored = network, format, stored
+
+    def refit(self, first_expert: int = 0) -> NetworkRefit:  # type: ignore[override]
+        return NetworkRefit(self, first_expert)
+
+
+class NetworkRefit:
+    """An even sample of the encoded vectors, each with its metric: training of the network with the codes kept.
+
+    All vectors of a projection have a number, by group of channels, expert and row, in which every `stride`-th has a
+    place of its own in the sums: the sample does not depend on who codes which experts.
+    """
+
+    def __init__(self, codebook: NetworkCodebook, first_expert: int) -> None:
+        self.codebook, self.first_expert, self.groups = codebook, first_expert, 0
+        format = codebook.network_format
+        total, dim = format.num_weights // format.vector_dim, format.vector_dim
+        self.stride = -(-total // REFIT_VECTORS)
+        places = -(-total // self.stride)
+        vectors, metric = (codebook.tables.new_zeros(places, *shape) for shape in ((dim,), (dim, dim)))
+        codes = torch.zeros(places, format.num_stages, dtype=torch.int64, device=vectors.device)
+        self.sums = vectors, codes, metric
+
+    def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None:
+        rows, num_experts = mass.shape[1], self.codebook.network_format.num_experts
+        first = (self.groups * num_experts + self.first_expert) * rows
+        self.groups += 1
+        own = torch.arange(mass.numel(), device=mass.device)[-first % self.stride :: self.stride]
+        places = (first + own) // self.stride
+        vectors, chosen, metrics = self.sums
+        vectors[places] = targets.flatten(0, 1)[own]
+        chosen[places] = codes.flatten(1)[:, own].T
+        metrics[places] = metric[own // rows] * mass.flatten()[own, None, None].sqrt()
+
+    def solve(self) -> NetworkCodebook:
+        network = copy.deepcopy(self.codebook.network)
+        network.refit(*self.sums)
+        return NetworkCodebook(self.codebook.network_format, network)
+
+
 class TrellisCodebook:
     """A trellis code down each column: the rows of an expert are one sequence, a metric of one channel weights nothing
     within it."""
@@ -226,7 +281,7 @@ class TrellisCodebook:
     def decode(self, codes: Tensor) -> Tensor:
         return self.code.decode(codes[0])[..., None]
 
-    def refit(self) -> None:
+    def refit(self, first_expert: int = 0) -> None:
         return None
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:

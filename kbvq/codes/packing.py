@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kbvq.codes.rq_moe import RQMoE
 from kbvq.codes.trellis import TrellisCode
 from kbvq.errors import ConfigError
-from kbvq.structures import INDEX_BITS, ProjectionFormat
+from kbvq.structures import INDEX_BITS, RQ_MOE_REFINERS, RQ_MOE_WIDTH, ProjectionFormat
+
+_NETWORK = ("projection", "gate_in", "gate_out", "refiner_in", "refiner_out")
+"""Parameters of RQMoE in the order in which the tensor "network" has their values."""
 
 
 def pack_codes(codes: Tensor, codebook_size: int) -> Tensor:
@@ -87,10 +91,64 @@ def table_values(tensors: Mapping[str, Tensor]) -> Tensor:
     return tables
 
 
+def new_network(format: ProjectionFormat) -> RQMoE:
+    """An untrained network of the sizes that rq-moe has."""
+    return RQMoE(format.vector_dim, format.num_stages, format.codebook_size, RQ_MOE_REFINERS, 1, RQ_MOE_WIDTH)
+
+
+@torch.no_grad()
+def store_network(network: RQMoE, dtype: str) -> dict[str, Tensor]:
+    """The tensors of rq-moe, but the codes, of a trained network: its codebooks and instructions as tables in `dtype`,
+    its matrices as one vector in float16.
+
+    Mean and scale of the vectors go into them: ReLU and all maps but those of the gate take a factor of u through, so
+    tables times the scale, and G1 over it, give codewords times the scale.
+    """
+    tables = torch.cat([network.codebooks, network.instructions]) * network.scale
+    tables[0] += network.mean
+    matrices = {name: getattr(network, name) for name in _NETWORK}
+    matrices["gate_in"] = network.gate_in / network.scale
+    return store_tables(tables[None], dtype) | {"network": torch.cat([m.flatten() for m in matrices.values()]).half()}
+
+
+@torch.no_grad()
+def stored_network(format: ProjectionFormat, tensors: Mapping[str, Tensor]) -> RQMoE:
+    """Inverse of `store_network`, in float64, with mean 0 and scale 1."""
+    network = new_network(format).to(tensors["network"].device, torch.float64)
+    tables, values = table_values(tensors)[0], tensors["network"].double()
+    network.scale.fill_(1.0)
+    network.codebooks.copy_(tables[: format.num_stages])
+    network.instructions.copy_(tables[format.num_stages :])
+    matrices = [getattr(network, name) for name in _NETWORK]
+    for matrix, own in zip(matrices, values.split([matrix.numel() for matrix in matrices]), strict=True):
+        matrix.copy_(own.view_as(matrix))
+    return network
+
+
+def expand(format: ProjectionFormat, tensors: Mapping[str, Tensor]) -> tuple[ProjectionFormat, Mapping[str, Tensor]]:
+    """`format.expanded` and its tensors, which decode to the same by lookups alone.
+
+    The tables of rq-moe hold what its network makes of every first and second code, computed in float64 and rounded to
+    float16: that rounded value is what a code stands for, for the encoder as for every reader. Other formats are
+    returned as they are.
+    """
+    if format.codebook != "rq-moe":
+        return format, tensors
+    network, size = stored_network(format, tensors), format.codebook_size
+    codes = torch.arange(size, device=network.codebooks.device)
+    first = network.codebooks.detach()[0].half()
+    later = network.decode(torch.cartesian_prod(codes, codes)).view(size, size, -1) - first[:, None]
+    limit = torch.finfo(torch.float16).max  # a damaged network may leave it
+    tables = torch.cat([first[None], later.clamp(-limit, limit).half()])[None]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ("codebook", "codebook_scale", "network")}
+    return format.expanded, kept | {"codebook": tables, "groups": codes.to(torch.uint8)[None]}
+
+
 def codeword_places(format: ProjectionFormat, tensors: Mapping[str, Tensor], expert: int) -> Tensor:
     """Where the codewords of an expert lie in the flattened tables: int64 [num_stages, out_features, num_vectors].
 
-    Tables are flattened to [num_codebooks · num_tables · codebook_size, vector_dim].
+    Tables are flattened to [num_codebooks · num_tables · codebook_size, vector_dim]; not of rq-moe, whose codewords
+    lie in no table.
     """
     packed = tensors["codes"][expert]
     if format.signed:
@@ -112,10 +170,12 @@ def weight_signs(format: ProjectionFormat, tensors: Mapping[str, Tensor], expert
 
 
 def decode_codes(format: ProjectionFormat, tensors: Mapping[str, Tensor], expert: int) -> Tensor:
-    """What the codes of an expert stand for, [out_features, in_features] float32."""
+    """What the codes of an expert stand for, [out_features, in_features] float32. Where it is called for many experts,
+    `expand` first: else a network is expanded for each."""
     if format.codebook == "trellis":
         code = TrellisCode(format.codebook_size.bit_length() - 1)
         return code.decode(code.unpack(tensors["codes"][expert])).T.contiguous()
+    format, tensors = expand(format, tensors)
     places, flat = codeword_places(format, tensors, expert), table_values(tensors).flatten(0, 2)
     # F.embedding, not flat[places]: advanced indexing is ten times slower on a CPU.
     weight = F.embedding(places[0], flat)
@@ -132,7 +192,7 @@ def dequantize_expert(
     """The stored weight of one expert, `scale[:, None] * (decode(codes) + coefficients @ basis) * column_scale`.
 
     `tensors` are those of `format.tensors()`, on any device; float ones may have any float dtype, since
-    `model.to(dtype)` casts them. Computed in float32, then cast.
+    `model.to(dtype)` casts them. Computed in float32, then cast. For many experts see `decode_codes`.
 
     Returns [out_features, in_features] in `dtype`.
     """

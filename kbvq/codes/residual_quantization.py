@@ -50,46 +50,40 @@ def residual_encode(vectors: Tensor, codebooks: Tensor, *, beam: int = 1) -> Ten
     """
     if beam < 1:
         raise ConfigError(f"beam must be at least 1, not {beam}")
-    return beam_search(vectors.float()[None], codebooks[None], beam=beam)[0]
+    return beam_search(vectors.float(), codebooks, beam=beam)
 
 
 def beam_search(
     vectors: Tensor, tables: Tensor, groups: Tensor | None = None, *, num_groups: int = 1, beam: int
 ) -> Tensor:
-    """Codes of a batch of problems, each with tables of its own, by the `beam` best partial sums.
+    """Codes of vectors by the `beam` best partial sums.
 
-    vectors: [B, n, d] float32. tables: [B, num_tables, K, d], one for each stage. groups: [B, K] int64, the group that
-    a codeword of stage 0 belongs to: then every later stage has a table for each group, and takes it from the vector's.
-    Returns [B, n, num_stages] int64.
+    vectors: [n, d] float32. tables: [num_tables, K, d], one for each stage. groups: [K] int64, the group that a
+    codeword of stage 0 belongs to: then every later stage has a table for each group, and takes it from the vector's.
+    Returns [n, num_stages] int64.
     """
-    # Stage 0 has one table, [B, K, d], each later stage one per group, side by side: [B, num_groups · K, d].
-    later = range(1, tables.shape[1], num_groups)
-    stages = [tables[:, 0], *(tables[:, first : first + num_groups].flatten(1, 2) for first in later)]
-    chunk = max(1, _CHUNK_FLOATS // (beam * tables.shape[2]))
-    found = []
-    for problem, of_problem in enumerate(vectors):
-        own = [stage[problem] for stage in stages]
-        group_of = None if groups is None else groups[problem]
-        found.append(torch.cat([_beam_search(part, own, group_of, beam) for part in of_problem.split(chunk)]))
-    return torch.stack(found)
+    # Stage 0 has one table, [K, d], each later stage one per group, side by side: [num_groups · K, d].
+    later = range(1, len(tables), num_groups)
+    stages = [tables[0], *(tables[first : first + num_groups].flatten(0, 1) for first in later)]
+    half_norms = [0.5 * stage.square().sum(1) for stage in stages]
+    chunk = max(1, _CHUNK_FLOATS // (beam * tables.shape[1]))
+    return torch.cat([_beam_search(part, stages, half_norms, groups, beam) for part in vectors.split(chunk)])
 
 
-def _beam_search(vectors: Tensor, stages: list[Tensor], groups: Tensor | None, beam: int) -> Tensor:
+def _beam_search(
+    vectors: Tensor, stages: list[Tensor], half_norms: list[Tensor], groups: Tensor | None, beam: int
+) -> Tensor:
     n, dim = vectors.shape
     size = len(stages[0])
     residual = vectors[:, None]  # [n, partial sums, d]
     codes = torch.empty(n, 1, 0, dtype=torch.int64, device=vectors.device)
     for stage, codebook in enumerate(stages):
-        half_norms = 0.5 * codebook.square().sum(1)
         if groups is None or stage == 0:
             table = torch.zeros_like(residual[..., 0], dtype=torch.int64)
-            products = half_norms - residual @ codebook.T
+            products = half_norms[stage] - residual @ codebook.T
         else:
             table = groups[codes[..., 0]]
-            products = residual.new_empty(n, residual.shape[1], size)
-            for group in range(len(codebook) // size):
-                members, rows = table == group, slice(group * size, (group + 1) * size)
-                products[members] = half_norms[rows] - residual[members] @ codebook[rows].T
+            products = _products_by_table(residual, table, codebook, half_norms[stage], size)
         # ½‖r − c‖² = ½‖r‖² + ½‖c‖² − r·c for every partial sum and codeword
         scores = 0.5 * residual.square().sum(2)[..., None] + products
         best = scores.flatten(1).topk(min(beam, scores[0].numel()), largest=False).indices
@@ -99,6 +93,21 @@ def _beam_search(vectors: Tensor, stages: list[Tensor], groups: Tensor | None, b
         residual = residual.gather(1, origin[..., None].expand(-1, -1, dim)) - F.embedding(place, codebook)
     winner = residual.square().sum(2).argmin(1)
     return codes[torch.arange(n, device=codes.device), winner]
+
+
+def _products_by_table(residual: Tensor, table: Tensor, codebook: Tensor, half_norms: Tensor, size: int) -> Tensor:
+    """½‖c‖² − r·c of partial sums [n, s, d] and the codewords of their own tables: [n, s, size]; table: [n, s]."""
+    order = table.flatten().argsort()
+    counts = torch.bincount(table.flatten(), minlength=len(codebook) // size).tolist()
+    parts = residual.flatten(0, 1)[order].split(counts)
+    found = [
+        half_norms[rows : rows + size] - part @ codebook[rows : rows + size].T
+        for rows, part in zip(range(0, len(codebook), size), parts, strict=True)
+        if len(part)
+    ]
+    products = residual.new_empty(len(order), size)
+    products[order] = torch.cat(found)
+    return products.view(*table.shape, size)
 
 
 def residual_decode(codes: Tensor, codebooks: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,7 @@ class RQMoE(nn.Module):
         vectors: Tensor,
         *,
         seed: int = 0,
+        weights: Tensor | None = None,
         codebooks: Tensor | None = None,
         epochs: int = 10,
         batch_size: int = 256,
@@ -358,9 +360,9 @@ class RQMoE(nn.Module):
 
             Σ_m log(1 + mean‖r_m‖² / stopgrad mean‖r_{m−1}‖²) + balance · Σ_m Σ_n mean(g_n)²,   r_{−1} = x
 
-        with means over the batch. learning_rate is that of the codebooks. Instructions and matrices act on u through a
-        sum over d terms and get learning_rate · min(1, 32/d); B2, averaged by the gates, N times that. The 32 is a
-        heuristic, tuned on vectors of 32 and 256 dimensions.
+        with means over the batch, weighted by `weights` [n] >= 0 if given. learning_rate is that of the codebooks.
+        Instructions and matrices act on u through a sum over d terms and get learning_rate · min(1, 32/d); B2, averaged
+        by the gates, N times that. The 32 is a heuristic, tuned on vectors of 32 and 256 dimensions.
         epochs 0 leaves plain residual quantization. progress: show a bar, on a terminal only.
         Raises ConfigError on another dimension, other codebooks or fewer vectors than codewords, NumericalError on
         values that are not finite.
@@ -387,13 +389,47 @@ class RQMoE(nn.Module):
                     self.codebook_size,
                     iterations=kmeans_iterations,
                     seed=seed,
+                    weights=weights,
                     max_vectors=kmeans_max_vectors,
                 )
             else:
                 codebooks = codebooks.to(vectors)
                 codebooks = torch.cat([codebooks[:1] - self.mean, codebooks[1:]]) / self.scale
             self._start_from_(codebooks, torch.Generator().manual_seed(seed))
-        self._train(vectors, seed, epochs, batch_size, learning_rate, balance, shortlist, progress)
+        mass = vectors.new_ones(len(vectors)) if weights is None else weights.to(vectors) / weights.mean()
+
+        def loss(rows: Tensor) -> Tensor:
+            batch = vectors[rows]
+            return self._loss(batch, mass[rows], self._encode(batch, 1, shortlist, self.num_stages), balance)
+
+        self._train(loss, len(vectors), seed, epochs, batch_size, learning_rate, progress)
+        return self
+
+    def refit(
+        self,
+        vectors: Tensor,
+        codes: Tensor,
+        metric: Tensor,
+        *,
+        seed: int = 0,
+        epochs: int = 2,
+        batch_size: int = 256,
+        learning_rate: float = 0.003,
+    ) -> RQMoE:
+        """Train on, from where the network is, with codes that another encoder chose and that are kept; returns itself.
+
+        vectors: [n, vector_dim]. codes: int64 [n, num_stages]. metric: M of each vector, [n, vector_dim, vector_dim].
+        The loss is the mean of ‖(x − x̂) M‖²: what an encoder with a beam makes small, whatever the error of the stages
+        before the last.
+        """
+        vectors = (self._checked(vectors) - self.mean) / self.scale
+        metric = metric / (metric.square().sum((1, 2)).mean() / self.vector_dim).sqrt()
+
+        def loss(rows: Tensor) -> Tensor:
+            wrong = vectors[rows] - self._codewords(codes[rows])[0].sum(0)
+            return (wrong[:, None] @ metric[rows]).square().sum((1, 2)).mean()
+
+        self._train(loss, len(vectors), seed, epochs, batch_size, learning_rate, progress=False)
         return self
 
     def _start_from_(self, codebooks: Tensor, generator: torch.Generator) -> None:
@@ -421,16 +457,16 @@ class RQMoE(nn.Module):
 
     def _train(
         self,
-        vectors: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        num_vectors: int,
         seed: int,
         epochs: int,
         batch_size: int,
         learning_rate: float,
-        balance: float,
-        shortlist: int | None,
         progress: bool,
     ) -> None:
-        steps = epochs * math.ceil(len(vectors) / batch_size) if self.num_stages > 1 else 0
+        """Adam on `loss`, a function of the rows of a batch, for `epochs` passes over all rows in random order."""
+        steps = epochs * math.ceil(num_vectors / batch_size) if self.num_stages > 1 else 0
         if steps == 0:
             return
         inner_rate = learning_rate * min(1, 32 / self.vector_dim)
@@ -449,20 +485,20 @@ class RQMoE(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with tqdm(total=steps, desc="RQ-MoE", unit="batch", disable=None if progress else True) as bar:
             for _ in range(epochs):
-                order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
+                order = torch.randperm(num_vectors, generator=generator).to(self.codebooks.device)
                 for rows in order.split(batch_size):
-                    batch = vectors[rows]
-                    loss = self._loss(batch, self._encode(batch, 1, shortlist, self.num_stages), balance)
+                    with torch.enable_grad():
+                        value = loss(rows)
                     optimizer.zero_grad()
-                    loss.backward()
+                    value.backward()
                     optimizer.step()
                     schedule.step()
                     bar.update()
 
-    def _loss(self, vectors: Tensor, codes: Tensor, balance: float) -> Tensor:
+    def _loss(self, vectors: Tensor, mass: Tensor, codes: Tensor, balance: float) -> Tensor:
         codewords, gates = self._codewords(codes)
-        energies = (vectors - codewords.cumsum(0)).square().sum(2).mean(1)  # mean ‖r_m‖² of each stage [M]
-        before = torch.cat([vectors.square().sum(1).mean()[None], energies[:-1].detach()])
+        energies = (vectors - codewords.cumsum(0)).square().sum(2) @ mass / len(mass)  # mean ‖r_m‖² of each stage [M]
+        before = torch.cat([(vectors.square().sum(1) @ mass / len(mass))[None], energies[:-1].detach()])
         tiny = torch.finfo(before.dtype).tiny
         return torch.log1p(energies / before.clamp_min(tiny)).sum() + balance * gates.mean(1).square().sum()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kbvq.codes.packing import decode_factors, dequantize_expert
+from kbvq.codes.packing import decode_factors, dequantize_expert, expand
 from kbvq.errors import NumericalError
 from kbvq.method.bias_correction import bias_correction, output_moments
 from kbvq.method.rate_distortion import (
@@ -125,11 +125,12 @@ def report_projection(
     experts; all of it gets the report."""
     bits = 8 * packed.format.num_bytes / packed.format.num_weights
     limited, experts = range(0, len(weights), -(-len(weights) // LIMIT_EXPERTS)), team.share(len(weights))
+    form = expand(packed.format, packed.tensors)
     # error, energy, bits above the limit, spectrum
     own = torch.zeros(len(experts), 3 + SPECTRUM_POINTS, dtype=torch.float64)
     for row, expert in zip(own, experts, strict=True):
         second_moment, _ = student.expert_moments(expert, prior_tokens)
-        quantized = dequantize_expert(packed.format, packed.tensors, expert)
+        quantized = dequantize_expert(*form, expert)
         row[0] = lost = weighted_error(weights[expert] - quantized, second_moment)
         row[1] = weighted_error(weights[expert], second_moment)
         if expert in limited:
@@ -182,7 +183,7 @@ def _correct_outputs(
     team: Team,
 ) -> dict[str, Tensor]:
     """Scale and bias after BCOS: the slope multiplies the row scale. Both float16."""
-    experts = team.share(len(weights))
+    experts, form = team.share(len(weights)), expand(format, tensors)
     scales, biases = (weights.new_empty(len(experts), weights.shape[1]) for _ in range(2))
     for place, expert in enumerate(experts):
         weight = weights[expert]
@@ -195,7 +196,7 @@ def _correct_outputs(
                 goal.mean[expert],
                 torch.where(deviation.isnan(), output_moments(weight, *of_student)[1], deviation),
             )
-        quantized = dequantize_expert(format, tensors, expert)
+        quantized = dequantize_expert(*form, expert)
         slope, biases[place] = bias_correction(wanted, output_moments(quantized, *of_student))
         scales[place] = tensors["scale"][expert].float() * slope
     scales, biases = (gather(team, own, len(weights)) for own in (scales, biases))
@@ -207,8 +208,9 @@ def _least_squares_scale(
 ) -> Tensor:
     """Row scales times the slope that minimises each row's weighted error; float16."""
     scales = []
+    form = expand(format, tensors)
     for expert, weight in enumerate(weights):
-        quantized = dequantize_expert(format, tensors, expert)
+        quantized = dequantize_expert(*form, expert)
         slope = row_slopes(weight, quantized, student.expert_moments(expert, prior_tokens)[0])
         scales.append(tensors["scale"][expert].float() * slope)
     return torch.stack(scales).half()

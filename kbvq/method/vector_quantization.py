@@ -12,9 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kbvq.codes.codebooks import Codebook, TableCodebook, TrellisCodebook
+from kbvq.codes.codebooks import REFIT_VECTORS, Codebook, NetworkCodebook, TableCodebook, TrellisCodebook
 from kbvq.codes.grouped_residual import fit_grouped_codebooks
 from kbvq.codes.kmeans import kmeans
+from kbvq.codes.packing import new_network
 from kbvq.codes.residual_quantization import fit_residual_codebooks
 from kbvq.method.error_feedback import (
     channel_order,
@@ -26,6 +27,8 @@ from kbvq.method.error_feedback import (
 from kbvq.method.team import ALONE, Team, gather
 from kbvq.recipes import Recipe
 from kbvq.structures import InputMoments, ProjectionFormat
+
+_NETWORK_EPOCHS = 2  # of training before error feedback: what follows it moves the network more
 
 
 def row_scales(weights: Tensor) -> Tensor:
@@ -145,6 +148,8 @@ def _fit_codebook(targets: Tensor, format: ProjectionFormat, recipe: Recipe, sca
     groups = [slice(None)] if whole else [slice(expert, expert + 1) for expert in range(len(targets))]
     size, stages = format.codebook_size, format.num_stages
     iterations = recipe.kmeans_iterations
+    if format.codebook == "rq-moe":
+        return _fit_network(vectors.flatten(0, 1), mass.flatten(), format, iterations, limit, seed)
     tables: list[Tensor] = []
     of_codewords: list[Tensor] = []
     for index, group in enumerate(groups):
@@ -171,6 +176,33 @@ def _fit_codebook(targets: Tensor, format: ProjectionFormat, recipe: Recipe, sca
     return TableCodebook(format, torch.stack(tables), torch.stack(of_codewords) if of_codewords else None)
 
 
+def _fit_network(
+    vectors: Tensor, mass: Tensor, format: ProjectionFormat, iterations: int, limit: int | None, seed: int
+) -> Codebook:
+    """The network of rq-moe, from residual tables by k-means on; as published, with the codes of a greedy encoder.
+
+    vectors: [n, d]. mass: [n], how much a vector counts. limit: vectors that k-means trains on, None for all.
+    """
+    if len(vectors) > REFIT_VECTORS:
+        chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:REFIT_VECTORS]
+        vectors, mass = vectors[chosen.to(vectors.device)], mass[chosen.to(mass.device)]
+    network = (
+        new_network(format)
+        .to(vectors.device)
+        .fit(
+            vectors,
+            seed=seed,
+            weights=mass,
+            epochs=_NETWORK_EPOCHS,
+            batch_size=1024,
+            kmeans_iterations=iterations,
+            kmeans_max_vectors=limit,
+            progress=False,
+        )
+    )
+    return NetworkCodebook(format, network)
+
+
 def _encode_in_order(
     weights: Tensor,
     codebook: Codebook,
@@ -187,7 +219,7 @@ def _encode_in_order(
     # Channels divided by their scale see inputs multiplied by it.
     factor = factors.stacked.mul_(column_scale[order, None])
     for _ in range(recipe.refits):
-        refit = codebook.refit()
+        refit = codebook.refit(own.start)
         if refit is None:
             break
         encode_with_feedback(ordered, factor, codebook, scale, refit)

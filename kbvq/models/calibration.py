@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kbvq.codes.packing import dequantize_expert
+from kbvq.codes.packing import dequantize_expert, expand
 from kbvq.errors import UnsupportedModelError
 from kbvq.models.expert_forward import ExpertWeights, Gating, Observer, fill_routing, run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank, read_experts
@@ -105,7 +105,8 @@ class ObservedBank(nn.Module):
 
     def use_(self, projection: str, packed: PackedProjection) -> None:
         """Compute with the quantized projection from now on."""
-        experts = [dequantize_expert(packed.format, packed.tensors, e) for e in range(self.num_experts)]
+        form = expand(packed.format, packed.tensors)
+        experts = [dequantize_expert(*form, e) for e in range(self.num_experts)]
         self.set_(projection, torch.stack(experts), packed.tensors["bias"] if packed.format.has_bias else None)
 
     def set_(self, projection: str, weights: Tensor, bias: Tensor | None) -> None:

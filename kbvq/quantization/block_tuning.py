@@ -19,6 +19,7 @@ from kbvq.codes.packing import (
     codeword_places,
     decode_codes,
     decode_factors,
+    expand,
     store_tables,
     table_values,
     weight_signs,
@@ -36,14 +37,17 @@ _BIAS_SHARE = 0.3  # a bias starts near zero, so its steps are measured by the o
 
 
 class TrainableProjection(nn.Module):
-    """A packed projection with its codebook, scale and bias as float32 parameters; codes and factors stay fixed."""
+    """A packed projection with its codebook, scale and bias as float32 parameters; codes, factors and the network of
+    rq-moe stay fixed."""
 
     def __init__(self, packed: PackedProjection) -> None:
         super().__init__()
         format, tensors = packed.format, packed.tensors
         self.packed = packed
         continuous = {name: tensors[name].float() for name in ("scale", "column_scale", "bias") if name in tensors}
-        if format.codebook != "trellis":
+        self.form = expand(format, tensors)
+        self.has_tables = format.codebook not in ("trellis", "rq-moe")
+        if self.has_tables:
             continuous["codebook"] = table_values(tensors)
             experts = range(format.num_experts)
             places = [codeword_places(format, tensors, expert).int() for expert in experts]
@@ -74,8 +78,8 @@ class TrainableProjection(nn.Module):
         four bytes a weight."""
         format, tensors = self.packed.format, self.packed.tensors
         fixed: Tensor | None = None
-        if format.codebook == "trellis":
-            fixed = torch.stack([decode_codes(format, tensors, expert) for expert in range(format.num_experts)])
+        if not self.has_tables:
+            fixed = torch.stack([decode_codes(*self.form, expert) for expert in range(format.num_experts)])
         if format.rank:
             coefficients, basis = decode_factors(tensors)
             low_rank = coefficients @ basis

@@ -259,7 +259,7 @@ class Run:
                 inputs=carry["hidden"],
                 disturbed=disturbed,
                 num_probed=self.windows.num_probed,
-                rates=probed_rates(self.recipe.bits),
+                rates=probed_rates(self.recipe),
                 seed=self.options.seed + index,
             )
         found = {name: carry[name] | getattr(probe, name) for name in ("growth", "bias_shares", "peaks")}
@@ -271,7 +271,7 @@ class Run:
         reference = carry["hidden"][: self.windows.num_probed]
         with stream.head(), torch.no_grad():
             measured = divergences(stream.logits, reference, carry["disturbed"])
-        rates = probed_rates(self.recipe.bits)
+        rates = probed_rates(self.recipe)
         sensitivities = {
             site: Sensitivity({rate: measured[site, rate] for rate in rates}, growth, carry["bias_shares"][site])
             for site, growth in carry["growth"].items()

@@ -153,7 +153,7 @@ def _check_served(bank: ExpertBank, format: ProjectionFormat) -> None:
 
 def _why_not_served(bank: ExpertBank, format: ProjectionFormat) -> str | None:
     """Why no kernel serves the format. Experts with a gating that no kernel knows are served in plain torch."""
-    return kbvq_kernels.supports(**format.to_dict(), activation=bank.activation or "silu")
+    return kbvq_kernels.supports(**format.expanded.to_dict(), activation=bank.activation or "silu")
 
 
 def _num_weights(banks: list[ExpertBank]) -> int:

@@ -24,7 +24,7 @@ from kbvq.models.layer_stream import LayerStream
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.quantization.distillation import trainable_dense, tuning_windows
 from kbvq.quantization.progress import format_seconds
-from kbvq.recipes import MAX_BITS, Recipe
+from kbvq.recipes import CODES, MAX_BITS, Recipe
 from kbvq.storage.checkpoint import check_disk_space
 from kbvq.structures import PROJECTIONS, WEIGHT, BankFormat, InputMoments, MatrixFormat
 
@@ -340,7 +340,7 @@ def _code_random(recipe: Recipe, device: torch.device, experts: int) -> None:
     moments = InputMoments.zeros(experts, size, device)
     for expert in range(experts):
         moments.add_(expert, inputs[expert], torch.ones(size, device=device))
-    bits = None if not recipe.budget else max(1, min(4, round(recipe.bits)))
+    bits = None if not recipe.budget else min(CODES[recipe.codebook], key=lambda rate: abs(rate - recipe.bits))
     format = recipe.projection_format(experts, size, size, bits=bits)
     quantize_projection(weights, moments, moments, format, recipe, seed=0)
 

@@ -47,10 +47,12 @@ Site = tuple[ExpertBank, str]
 """A projection of a bank."""
 
 
-def probed_rates(bits: float) -> tuple[int, int]:
-    """The two code rates whose noise is measured: those around the bits per weight that a budget spends."""
-    lower = min(max(int(bits), 1), 3)
-    return lower, lower + 1
+def probed_rates(recipe: Recipe) -> tuple[int, int]:
+    """The two code rates whose noise is measured: of those that the codebook has the ones around the bits per weight
+    that the budget spends."""
+    rates = sorted(CODES[recipe.codebook])
+    lower = max(place for place, rate in enumerate(rates[:-1]) if rate <= max(recipe.bits, rates[0]))
+    return rates[lower], rates[lower + 1]
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def _replace_bank_(model: PreTrainedModel, bank: BankFormat, known: ExpertBank |
                 f"{bank.path}: config.json makes {projection} {list(shape)}, its packed format says "
                 f"{[format.num_experts, format.out_features, format.in_features]}; fetch the checkpoint again"
             )
-        refused = kbvq_kernels.supports(**format.to_dict(), activation=known.activation or "silu")
+        refused = kbvq_kernels.supports(**format.expanded.to_dict(), activation=known.activation or "silu")
         if refused:
             raise CheckpointError(f"{bank.path}: {refused}; upgrade kbvq, or quantize the model again")
     gating = read_experts(model.get_submodule(bank.path)).gating

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import CheckpointError
 from kbvq.models.expert_forward import ExpertWeights, Gating, fill_routing, run_bank
 from kbvq.serving.packed_module import PackedModule, kernels_serve
-from kbvq.structures import PROJECTIONS, BankFormat, PackedBank
+from kbvq.structures import PROJECTIONS, BankFormat, PackedBank, ProjectionFormat
 from kbvq_kernels import PreparedProjection
 
 
@@ -35,11 +36,16 @@ class PackedBankModule(PackedModule):
             for name, buffer in self.projection_tensors(projection).items():
                 buffer.copy_(getattr(bank, projection).tensors[name])
 
-    def expert_weights(self, expert: int, dtype: torch.dtype) -> ExpertWeights:
-        """Decoded weights and biases of one expert, in `dtype`."""
+    def expert_weights(
+        self,
+        expert: int,
+        dtype: torch.dtype,
+        forms: Sequence[tuple[ProjectionFormat, Mapping[str, Tensor]]] | None = None,
+    ) -> ExpertWeights:
+        """Decoded weights and biases of one expert, in `dtype`. forms: `lookup_form` of both projections, None to make
+        them for this call."""
         weights: list[Tensor | None] = []
-        for projection in PROJECTIONS:
-            format, tensors = self.projection_format(projection), self.projection_tensors(projection)
+        for format, tensors in forms or [self.lookup_form(projection) for projection in PROJECTIONS]:
             weights.append(dequantize_expert(format, tensors, expert, dtype))
             weights.append(tensors["bias"][expert].to(dtype) if format.has_bias else None)
         return tuple(weights)  # type: ignore[return-value]
@@ -60,12 +66,13 @@ class PackedBankModule(PackedModule):
             return kbvq_kernels.moe_forward(
                 hidden_states, top_k_index, top_k_weights, *prepared, activation=self.activation
             )
+        forms = [self.lookup_form(projection) for projection in PROJECTIONS]
         return run_bank(
             hidden_states,
             top_k_index,
             top_k_weights,
             self.num_experts,
-            lambda expert: self.expert_weights(expert, hidden_states.dtype),
+            lambda expert: self.expert_weights(expert, hidden_states.dtype, forms),
             self.gating,
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kbvq_kernels
+from kbvq.codes.packing import expand
 from kbvq.structures import ProjectionFormat, buffer_name
 from kbvq_kernels import PreparedProjection
 
@@ -34,6 +35,10 @@ class PackedModule(nn.Module):
         """The stored tensors of one projection by their names in the format."""
         return {name: getattr(self, buffer_name(projection, name)) for name in self.formats[projection].tensors()}
 
+    def lookup_form(self, projection: str) -> tuple[ProjectionFormat, Mapping[str, Tensor]]:
+        """Format and tensors of one projection as tables, made of its network if it has one (`expand`)."""
+        return expand(self.formats[projection], self.projection_tensors(projection))
+
     def kernel_projections(self, dtype: torch.dtype) -> list[PreparedProjection]:
         """The projections as the kernels read them, for hidden states of that dtype; made at the first call, and again
         when a buffer has changed."""
@@ -49,10 +54,8 @@ class PackedModule(nn.Module):
         return self._prepared[1]
 
     def _prepare(self, dtype: torch.dtype) -> list[PreparedProjection]:
-        return [
-            kbvq_kernels.prepare(self.projection_tensors(name), **format.to_dict(), dtype=dtype)
-            for name, format in self.formats.items()
-        ]
+        forms = [self.lookup_form(projection) for projection in self.formats]
+        return [kbvq_kernels.prepare(tensors, **format.to_dict(), dtype=dtype) for format, tensors in forms]
 
 
 def kernels_serve(inputs: Tensor) -> bool:

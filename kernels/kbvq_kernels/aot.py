@@ -78,21 +78,25 @@ _PUBLISHED = _LOW_RANK | {"per_expert": True}
 DEFAULTS = ("signed d8 int8", "signed d4 int8")
 """What the default recipe writes at 2 and 3 bits."""
 
-FORMATS: dict[str, dict[str, object]] = {
-    name + suffix: code | options
-    for name, code in CODES.items()
-    for suffix, options in (
-        {"": {}, " low-rank": _LOW_RANK}
-        if code["codebook"] == "trellis"
-        else {" int8": {"codebook_dtype": "int8"}, " float16 per-expert low-rank": _PUBLISHED}
-    ).items()
-} | {
-    f"{name} low-rank": CODES[name[:9]] | _LOW_RANK | {"codebook_dtype": "int8", "factor_dtype": "int8"}
-    for name in DEFAULTS
-}
+FORMATS: dict[str, dict[str, object]] = (
+    {
+        name + suffix: code | options
+        for name, code in CODES.items()
+        for suffix, options in (
+            {"": {}, " low-rank": _LOW_RANK}
+            if code["codebook"] == "trellis"
+            else {" int8": {"codebook_dtype": "int8"}, " float16 per-expert low-rank": _PUBLISHED}
+        ).items()
+    }
+    | {
+        f"{name} low-rank": CODES[name[:9]] | _LOW_RANK | {"codebook_dtype": "int8", "factor_dtype": "int8"}
+        for name in DEFAULTS
+    }
+    | {f"rq-moe d{dim}, expanded": _GROUPED | {"vector_dim": dim, "num_stages": 2, "num_groups": 256} for dim in (8, 4)}
+)
 """Each code with the options of the recipe default (a bank shares an int8 codebook, no low-rank part) and with those of
-the recipe paper (a float16 codebook for each expert, a low-rank part); the defaults also with int8 factors. All have
-row scales and biases: the kernels leave out what a format lacks."""
+the recipe paper (a float16 codebook for each expert, a low-rank part); the defaults also with int8 factors; of rq-moe
+what its network expands to at load. All have row scales and biases: the kernels leave out what a format lacks."""
 
 _PATHS = {"pairs": (2, 1), "blocks": (64, 0), "grouped": (512, 0), "scratch": (512, 1)}
 """Path -> tokens, and whether its launch for gate_up (0) or down (1) is compiled: gate and up fused or not, pairs

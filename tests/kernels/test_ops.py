@@ -210,7 +210,7 @@ def test_what_is_served_and_refused():
         {"codebook": "lattice"}, {"vector_dim": 16}, {"codebook_size": 65536}, {"num_stages": 2}, {"rank": 1000},
         {"factor_dtype": "float32"}, {"activation": "tanh"}, {"codebook": "rq", "num_stages": 4},
         {"codebook_dtype": "float32"}, {"codebook": "rq", "signed": True}, {"num_groups": 2},
-        {"codebook": "rq-grouped", "num_groups": 9},
+        {"codebook": "rq-grouped", "num_groups": 257},
     ):  # fmt: skip
         assert str(next(iter(change.values()))) in supports(**fields | change)
     tensors, projection = random_projection(1, 2, 8)
