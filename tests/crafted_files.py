@@ -55,6 +55,7 @@ FORMATS = {
     "rq-grouped, 12 bits": {
         "codebook": "rq-grouped", "num_stages": 2, "num_groups": 3, "codebook_size": 4096, "rank": 2,
     },
+    "rq-moe": {"codebook": "rq-moe", "vector_dim": 8, "num_stages": 2, "codebook_dtype": "int8", "has_scale": True},
     "trellis": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 4, "has_scale": True},
 }  # fmt: skip
 """Options of both projections; None stands for one codebook per expert."""
@@ -66,7 +67,8 @@ MODEL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_key
 
 NASTY = (
     0, 1, 2, 3, 4, 5, 7, 8, 16, 32, 64, 255, 256, 257, 4096, 65536, 2**31, 2**63, 2**64, -1, -8, 1.5, float("nan"),
-    True, False, None, "", "vq", "rq", "rq-grouped", "trellis", "int8", "float16", "F16", "U8", "I8", [], [1], {}, "8",
+    True, False, None, "", "vq", "rq", "rq-grouped", "rq-moe", "trellis", "int8", "float16", "F16", "U8", "I8", [], [1],
+    {}, "8",
 )  # fmt: skip
 
 

@@ -58,6 +58,8 @@ def change(folder, name, change_):
         ("signed", "gate_up_proj_codebook", -1, r"its format says \[0, 127\]"),
         ("trellis", "gate_up_proj_scale", float("nan"), "NaN or infinite"),
         ("rq", "gate_up_proj_codebook", float("inf"), "NaN or infinite"),
+        ("rq-moe", "down_proj_network", float("nan"), "NaN or infinite"),
+        ("rq-moe", "down_proj_codebook", -128, r"its format says \[-127, 127\]"),
     ],
 )
 def test_a_value_that_its_format_does_not_allow_is_refused_at_load(checkpoints, format, tensor, value, message):

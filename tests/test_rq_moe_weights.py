@@ -9,6 +9,7 @@ from quantizing import quantize
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
+import kbvq_kernels
 from kbvq.codes.codebooks import NetworkCodebook
 from kbvq.codes.packing import dequantize_expert, expand, new_network, store_network
 from kbvq.errors import CheckpointError, ConfigError
@@ -74,6 +75,19 @@ def test_the_expansion_has_every_pair_of_codes():
         expected = rq_moe_vector(format, packed.tensors, first, second)
         torch.testing.assert_close(vector, expected, rtol=0, atol=2**-11 * float(tables.abs().max()))
     assert expand(expanded, tensors)[0] == expanded  # nothing is left to expand
+
+
+def test_every_byte_is_a_code_and_a_damaged_network_stays_finite():
+    """What a crafted file may hold: the last pair of codes in the last place, served as the equations say; matrices of
+    the largest numbers there are, which leave the range of float16 but not the tables."""
+    packed, _ = random_projection(format_of(rows=16), seed=8)
+    packed.tensors["codes"].fill_(255)
+    expected = rq_moe_vector(packed.format, packed.tensors, 255, 255).repeat(EXPERTS, 16, 2)
+    form, tensors = expand(packed.format, packed.tensors)
+    served = kbvq_kernels.dequantize(kbvq_kernels.prepare(tensors, **form.to_dict()))
+    torch.testing.assert_close(served.double(), expected, rtol=0, atol=2**-10 * float(expected.abs().max()))
+    packed.tensors["network"].fill_(torch.finfo(torch.float16).max)
+    assert expand(packed.format, packed.tensors)[1]["codebook"].isfinite().all()
 
 
 def test_the_stored_network_is_the_trained_one(book):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from synthetic import FORMATS, MEASURED, SHAPES, grouped_mm_forward, random_bank, random_routing
+from synthetic import EXPANDED, FORMATS, MEASURED, SHAPES, grouped_mm_forward, random_bank, random_routing
 
 import kbvq_kernels
 from kbvq_kernels import cpu
@@ -52,7 +52,7 @@ def main() -> None:
     print("| model | format | rank | T | bf16 ms | packed ms | bf16 / packed |\n|---|---|---|---|---|---|---|")
     for shape in SHAPES:
         shape = replace(shape, num_experts=min(shape.num_experts, options.experts))
-        for code in FORMATS[:MEASURED]:
+        for code in (*FORMATS[:MEASURED], EXPANDED):
             if options.only not in f"{shape.name} {code.name}":
                 continue
             for rank in options.ranks:

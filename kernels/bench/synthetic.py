@@ -82,6 +82,9 @@ FORMATS = (
 
 MEASURED = 6
 
+EXPANDED = CodeFormat("2b rq-moe d8, expanded", "rq-grouped", 8, 256, 2, num_groups=256)
+"""What rq-moe is to the kernels. Its tables of 1 MiB lie in no cache that the ceilings know."""
+
 
 def random_tensors(
     code: CodeFormat, num_experts: int, out_features: int, in_features: int, rank: int = 0, device: str = "cpu"

@@ -23,6 +23,8 @@ MAX_STAGES = 3
 MAX_GROUPS = 256
 MAX_RANK = 256
 
+_CACHED_GROUPS = 8  # of 256 codewords: 64 KiB a stage in float32; 256 of them, timed in bench/cpu.py, are 2 MiB
+
 
 def supports(
     *,
@@ -81,9 +83,11 @@ def slower_than_bf16(
     On CUDA from the ceilings in README.md, which were computed, not timed; on CPU from timings there.
     """
     if device_type == "cpu":
-        return (
-            "a trellis code costs one table lookup and a window of bits per weight" if codebook == "trellis" else None
-        )
+        if codebook == "trellis":
+            return "a trellis code costs one table lookup and a window of bits per weight"
+        if num_stages > 1 and num_groups > _CACHED_GROUPS:
+            return f"tables of {num_groups * codebook_size} codewords are more than the cache of a core"
+        return None
     if num_stages >= 3 or (num_stages == 2 and (codebook_size > 256 or num_groups > 1)):
         return f"{num_stages} stages of {num_groups * codebook_size} codewords cost too many table lookups"
     return None

@@ -236,7 +236,10 @@ def test_slower_formats_are_named_once(caplog):
     two_stages = {"codebook": "rq", "num_stages": 2, "codebook_size": 256}
     assert slower_than_bf16(**two_stages) is None
     assert "4096 codewords" in slower_than_bf16(**two_stages | {"codebook_size": 4096})
-    assert "2048 codewords" in slower_than_bf16(**two_stages | {"codebook": "rq-grouped", "num_groups": 8})
+    few, many = ({"codebook": "rq-grouped", "num_groups": number} for number in (8, 256))
+    assert "2048 codewords" in slower_than_bf16(**two_stages | few)
+    assert slower_than_bf16(**two_stages | few, device_type="cpu") is None
+    assert "65536 codewords" in slower_than_bf16(**two_stages | many, device_type="cpu")
 
 
 def test_damaged_codebooks_are_refused():
