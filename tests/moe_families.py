@@ -124,8 +124,12 @@ _OWN: dict[str, dict[str, object]] = {
         swa_v_head_dim=16,
         head_dim=24,
     ),
+    "dots3_note_audio_encoder": dict(adapter_input_size=64, adapter_out_dim=64),
     "dots3_note_vision_encoder": dict(adapter_in_dim=64, adapter_out_dim=64, num_attention_heads=4),
-    "ernie4_5_vl_moe_text": dict(moe_intermediate_size=[32, 32]),
+    "ernie4_5_vl_moe_text": dict(
+        moe_intermediate_size=[32, 32],
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2]),
+    ),
     "flint": dict(mlp_only_layers=[0]),
     "gemma4_text": dict(
         enable_moe_block=True,
@@ -134,12 +138,28 @@ _OWN: dict[str, dict[str, object]] = {
         global_head_dim=16,
         num_kv_shared_layers=0,
     ),
+    "gemma4": dict(image_token_id=125, video_token_id=126, audio_token_id=127),
+    "glm4v_moe_text": dict(
+        rope_parameters=dict(
+            rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 2]
+        )
+    ),
+    "glm5_next_text": dict(qk_rope_head_dim=0),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "longcat_flash": dict(head_dim=8, zero_expert_num=2),
+    "muse_spark_audio": dict(patch_sizes=[4, 4], hidden_sizes=[32, 64], depths=[1, 1]),
     "nemotron_h": dict(layer_types=["full_attention", "moe"]),
-    "qwen3_omni_moe_audio_encoder": dict(encoder_attention_heads=4, d_model=64),
+    "qwen3_omni_moe_audio_encoder": dict(
+        encoder_layers=LAYERS,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        d_model=64,
+        output_dim=64,
+        downsample_hidden_size=16,
+    ),
+    "qwen3_omni_moe_vision_encoder": dict(num_position_embeddings=16, deepstack_visual_indexes=[0]),
     "qwen4_exp_text": dict(
         indexer_n_heads=4,
         indexer_kv_heads=1,
@@ -150,6 +170,7 @@ _OWN: dict[str, dict[str, object]] = {
         ngram_vocab_size_base=64,
     ),
     "inkling2_vision": dict(text_hidden_size=64),
+    "qwen3_omni_moe_thinker": dict(vision_start_token_id=125),
     "zaya": dict(num_experts_per_tok=1),
 }
 """What single architectures need besides."""

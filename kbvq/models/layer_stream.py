@@ -81,11 +81,13 @@ def check_model_name(name: str) -> None:
 class _Source:
     """What a parameter of the model is made from.
 
-    converter: the fusion of several stored tensors, or None for one stored tensor taken as it is.
+    converter: the fusion of several stored tensors, or the split of one, or None for one stored tensor taken as it is.
     keys: (source pattern of the converter, name of the stored tensor), experts in ascending order.
+    first: the parameter that is named to the converter: of those it makes, the first.
     """
 
     converter: WeightConverter | None
+    first: str
     keys: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -362,12 +364,13 @@ class LayerStream:
                 unused.append(key)
                 continue
             converter = None if pattern is None else converter_of[pattern]
-            if converter is not None and len(converter.target_patterns) > 1:
-                raise UnsupportedModelError(
-                    f"{self.config.model_type}: {key} holds several parameters in one tensor, which kbvq cannot split"
-                )
-            source = sources.setdefault(name, _Source(converter))
-            source.keys.append((pattern or key, key))
+            for target in _targets(name, converter):
+                if target not in self._skeleton:
+                    raise UnsupportedModelError(
+                        f"{self.config.model_type}: {key} is stored for {target} too, which the model does not have"
+                    )
+                source = sources.setdefault(target, _Source(converter, name))
+                source.keys.append((pattern or key, key))
         if unused:
             logger.warning("%d stored tensors are not part of the model, e.g. %s", len(unused), unused[0])
         return sources
@@ -387,7 +390,7 @@ class LayerStream:
                         f"{', '.join(STORED_DTYPES)}: convert the checkpoint to bfloat16 first"
                     )
             if source.converter is not None:
-                self._check_experts(name, source, parameter.shape[0])
+                self._check_experts(name, source, parameter.shape[0] * len(source.converter.target_patterns))
             try:
                 shape = self._assemble(name, lambda key: torch.empty(self._stored[key].shape, device="meta")).shape
             except (RuntimeError, ValueError) as error:
@@ -420,8 +423,8 @@ class LayerStream:
             return fetch(source.keys[0][1])
         converter = copy.deepcopy(source.converter)
         for pattern, key in source.keys:
-            converter.add_tensor(name, key, pattern, lambda key=key: fetch(key))
-        tensor = converter.convert(name, model=self.model, config=self.config)[name]
+            converter.add_tensor(source.first, key, pattern, lambda key=key: fetch(key))
+        tensor = converter.convert(source.first, model=self.model, config=self.config)[name]
         return tensor[0] if isinstance(tensor, list) else tensor
 
     def written_bytes(self, name: str) -> int:
@@ -480,6 +483,14 @@ class LayerStream:
             module._buffers[leaf] = tensor
         else:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _targets(name: str, converter: WeightConverter | None) -> list[str]:
+    """The parameters that are made together with the first of them."""
+    if converter is None:
+        return [name]
+    first, *others = converter.target_patterns
+    return [name, *(name.replace(first, other) for other in others)]
 
 
 class _LayersPassed(Exception):

@@ -94,7 +94,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
 def find_expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
     """Every bank of a model, on any device (meta too), in layer order, the routed experts of a layer before its shared.
 
-    Shared experts of another build than three Linears are left alone. Raises UnsupportedModelError for a dense model
+    Shared experts of another build than three Linears are left alone, and so are experts of their own for images
+    (ernie4_5_vl_moe): calibration text never reaches them. Raises UnsupportedModelError for a dense model
     and, with the reason, for routed experts that kbvq cannot quantize.
     """
     model_type = model.config.model_type
@@ -111,6 +112,8 @@ def find_expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
             raise UnsupportedModelError(
                 f"{model_type}: {path} is outside the decoder layers {layers_path}; {_SUPPORTED}"
             )
+        if any(part.startswith("vision") for part in path.removeprefix(f"{layers_path}.").split(".")):
+            continue
         try:
             banks.append(_describe(path, "routed", read_experts(module), layers_path))
         except UnsupportedModelError as error:

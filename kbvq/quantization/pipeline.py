@@ -475,9 +475,10 @@ class Windows:
         }
 
     def embed(self) -> Tensor:
-        """Embeddings of all windows, [windows, tokens, hidden_size]."""
-        shape = (*self.token_ids.shape, self.stream.text_config.hidden_size)
-        embedded = self.store.empty(shape, self.stream.dtype)
+        """What the first layer gets of all windows, [windows, tokens, hidden_size]; where a model has several residual
+        streams, all of them."""
+        width = self.stream.layer_inputs(self.token_ids[:1])[0].shape[2:]
+        embedded = self.store.empty((*self.token_ids.shape, *width), self.stream.dtype)
         for part in self.parts():
             embedded[part] = self.stream.layer_inputs(self.token_ids[part])[0].cpu()
             self.store.release()
