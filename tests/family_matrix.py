@@ -36,7 +36,7 @@ from kbvq.errors import UnsupportedModelError  # noqa: E402
 from kbvq.models.calibration import observe_banks  # noqa: E402
 from kbvq.models.layer_stream import LayerStream  # noqa: E402
 from kbvq.models.moe_adapters import ExpertBank, find_expert_banks  # noqa: E402
-from kbvq.recipes import make_recipe  # noqa: E402
+from kbvq.recipes import Recipe, make_recipe  # noqa: E402
 from kbvq.serving.packed_experts import PackedBankModule  # noqa: E402
 from kbvq.structures import PROJECTIONS  # noqa: E402
 
@@ -56,12 +56,17 @@ class Family:
     reason: str | None
 
 
-def check_family(model_type: str, folder: Path, text: Path, **changes: object) -> Family:
+def check_family(
+    model_type: str, folder: Path, text: Path, *, recipe: Recipe | None = None, **changes: object
+) -> Family:
     """Take an architecture through everything; AssertionError where a result is not what it should be.
 
     1. Its decoder layers, run one by one with observed banks in the experts' places, give the logits of the model.
     2. It is quantized and saved; the checkpoint loads, and gives the logits and the tokens that the original model
        gives with the decoded weights written into its own experts.
+
+    recipe: one without biases (bcos); None for the simplest. Where it changes tensors outside the experts, the original
+    gets those too. changes: of the tiny config.
     """
     model = tiny_model(tiny_config(model_type, **changes))
     routed = [
@@ -74,14 +79,17 @@ def check_family(model_type: str, folder: Path, text: Path, **changes: object) -
         model.save_pretrained(source)
         tiny_tokenizer().save_pretrained(source)
         _check_layers(model, source)
-        # Neither scales nor biases of our own: the decoded weights are all that changes.
-        recipe = make_recipe("paper", 2, kmeans_iterations=2, bcos=False)
+        # No biases of our own: the decoded weights are all that changes.
+        used = recipe or make_recipe("paper", 2, kmeans_iterations=2, bcos=False)
         with patch("kbvq.quantization.pipeline.AutoTokenizer.from_pretrained", lambda folder: tiny_tokenizer()):
-            quantize(source, packed, text, recipe, samples=2, sequence_length=24)  # some types insist on their own
+            quantize(source, packed, text, used, samples=2, sequence_length=24)  # some types insist on their own
     except UnsupportedModelError as error:
         return Family(model_type, experts, [], str(error).partition("; docs/results")[0])
     auto = AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
     loaded, reference = (auto.from_pretrained(path, dtype=torch.float32) for path in (packed, source))
+    if recipe is not None and recipe.matching:
+        own = tuple(f"{bank.path}." for bank in banks)
+        reference.load_state_dict({n: t for n, t in loaded.state_dict().items() if not n.startswith(own)}, strict=False)
     for bank in banks:
         _write_decoded_(reference.get_submodule(bank.path), loaded.get_submodule(bank.path))
     logits, expected = (_logits(m) for m in (loaded, reference))

@@ -17,7 +17,9 @@ from kbvq.quantization.pipeline import QuantizeOptions, dry_run
 from kbvq.recipes import make_recipe
 from kbvq.storage.checkpoint import inspect_checkpoint
 
-WIDE = dict(hidden_size=256, intermediate_size=256, moe_intermediate_size=128)
+WIDE = dict(hidden_size=256, intermediate_size=256, moe_intermediate_size=128, kv_lora_rank=128)
+WIDE |= dict(qk_rope_head_dim=128, qk_nope_head_dim=128, v_head_dim=128)
+"""Whole blocks of 128 everywhere: transformers' own decoding, of some versions, wants them."""
 
 
 def rewrite(folder, quantization, change):

@@ -43,6 +43,7 @@ class ExpertBank:
     gated: gate_up_proj has rows of gate and of up, intermediate_size each; else of up alone.
     has_bias: both projections have one.
     activation: name of the activation in the usual gating, for the kernels; None for a gating that they do not know.
+    routed_before: called with the tokens of all experts at once (Llama 4), which are not those of the layer.
     """
 
     path: str
@@ -54,6 +55,7 @@ class ExpertBank:
     gated: bool = True
     has_bias: bool = False
     activation: str | None = "silu"
+    routed_before: bool = False
 
     def projection_shape(self, projection: str) -> tuple[int, int, int]:
         """(num_experts, out_features, in_features) of one of its projections."""
@@ -69,13 +71,15 @@ class Experts:
     weights: gate_up_proj [E, 2I, H], gate rows first, or [E, I, H] of experts without a gate, and down_proj [E, H, I];
         in the dtype of the module, detached, sharing its memory where the layout allows.
     biases: [E, rows] by projection; empty, or of both.
-    gating: what lies between the projections. activation: its name for the kernels, or None (see ExpertBank).
+    gating: what lies between the projections. activation: its name for the kernels, or None, and
+    routed_before: see ExpertBank.
     """
 
     weights: dict[str, Tensor]
     biases: dict[str, Tensor]
     gating: Gating
     activation: str | None
+    routed_before: bool = False
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
@@ -158,6 +162,7 @@ def _describe(path: str, kind: str, experts: Experts, layers_path: str) -> Exper
         gated=experts.weights["gate_up_proj"].shape[1] == 2 * intermediate_size,
         has_bias=bool(experts.biases),
         activation=experts.activation,
+        routed_before=experts.routed_before,
     )
 
 
@@ -238,7 +243,7 @@ def _own_gate(module: Any, interleaved: bool, gate_up: Tensor) -> Tensor:
 def _read_llama4(module: Any) -> Experts:
     """Transposed; called with the tokens of all experts, already multiplied by their routing weights (fill_routing)."""
     weights = {"gate_up_proj": module.gate_up_proj.detach().mT, "down_proj": module.down_proj.detach().mT}
-    return Experts(weights, {}, gated(module.act_fn), _activation_name(module.act_fn))
+    return Experts(weights, {}, gated(module.act_fn), _activation_name(module.act_fn), routed_before=True)
 
 
 def _read_dbrx(module: Any) -> Experts:

@@ -77,8 +77,10 @@ def quantize_layer(
     """
     observed = observe_banks(layer, layer_path, banks)
     same_inputs, inputs, by_routing = student is teacher, student, recipe.routing_weighted
-    # What stands between a layer's activations and experts of another width has no place in the sums.
-    matching = recipe.matching and all(module.hidden_size == inputs.shape[-1] for module in observed.values())
+    # What stands between a layer's activations and experts of another width, or called with other tokens, has no place
+    # in the sums.
+    of_layer = all(m.hidden_size == inputs.shape[-1] and not bank.routed_before for bank, m in observed.items())
+    matching = recipe.matching and of_layer
     watch = run_and_keep if matching else run_and_watch
     teacher_inputs = teacher
     linears = WatchedLinears({m.path: layer.get_submodule(m.path.removeprefix(f"{layer_path}.")) for m in matrices})
