@@ -1,6 +1,7 @@
 # make demo   quantize the bundled model to 2.25 bits, load it with transformers, evaluate before and after
 # make real   the same with a real language model: SmolLM2-135M as a mixture of experts
 # make test   the whole test suite
+# make test-transformers   what touches transformers with its oldest and newest supported versions, and one between
 # make lint   ruff and mypy
 # make report-check   the demo's report in headless Chromium, which must be installed (Debian: apt-get install chromium)
 # Each needs only Python >= 3.10: the first run creates $(VENV) with the pinned versions of constraints.txt.
@@ -13,7 +14,7 @@ OUT = out/demo
 
 REAL = out/real
 
-.PHONY: demo real test lint report-check
+.PHONY: demo real test test-transformers lint report-check
 
 demo: $(VENV)/.installed
 	$(BIN)/python quantize.py --model $(MODEL) --calibration tests/data/calibration.txt --output $(OUT) \
@@ -34,6 +35,9 @@ real: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-transformers: $(VENV)/.installed
+	$(BIN)/python tests/transformers_versions.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -24,10 +24,13 @@ REPRESENTATIVE = [
     "qwen4_exp_text",  # several residual streams
 ]
 
+KNOWN = moe_model_types()
+"""Older versions of transformers lack some."""
+
 BUDGETED = ["gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next", "jamba"]
 
 
-@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+@pytest.mark.parametrize("model_type", [t for t in REPRESENTATIVE if t in KNOWN])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_representative_architectures(model_type, tmp_path):
     family = check_family(model_type, tmp_path, write_text(tmp_path / "calibration.txt", words=200))
@@ -51,4 +54,4 @@ def test_the_table_lists_every_architecture():
     """The table in docs was made with this transformers or a newer one: it knows all that are installed."""
     table = (Path(__file__).parent.parent / "docs" / "results" / "families.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| (\w+) \|", table, re.MULTILINE))
-    assert set(moe_model_types()) <= listed
+    assert set(KNOWN) <= listed
