@@ -1,7 +1,10 @@
 """What runs on well-known models need, planned from their configs: `python eval/plan_table.py`.
 
+    python eval/plan_table.py --sizes --bits 2
+
 The configs are those of the published models, written down here; the shards are headers of the tensors they have, in
-bfloat16, without their content. Writes docs/results/plans.md.
+bfloat16, without their content. Writes docs/results/plans.md; with --sizes what the packed checkpoints take at each
+--dense-bits, into docs/results/sizes.md.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from kbvq.errors import KbvqError
 from kbvq.models.layer_stream import LayerStream
 from kbvq.models.model_headers import write_header
+from kbvq.quantization.pipeline import dense_parts
 from kbvq.quantization.planning import check_budget
 from kbvq.quantization.progress import format_seconds
 from kbvq.quantization.run_plan import RunPlan, make_plan
-from kbvq.recipes import make_recipe
+from kbvq.recipes import DENSE_BITS, make_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +83,10 @@ CONFIGS: dict[str, dict[str, object]] = {
 converted to bfloat16 first."""
 
 
+GOALS = {"Qwen1.5-MoE-A2.7B": 4.6, "Qwen3-30B-A3B": 9.0, "Mixtral-8x7B": 13.2}
+"""GB that the packed checkpoints are to take at most with experts at 2 bits."""
+
+
 def write_model(folder: Path, fields: dict[str, object]) -> PreTrainedConfig:
     """A model folder as on the hub, one file per layer, each a header and a hole as large as its tensors."""
     fields = dict(fields)
@@ -118,17 +127,48 @@ def hub_tensors(name: str, shape: tuple[int, ...], model_type: str) -> list[tupl
     ]
 
 
-def plan_model(fields: dict[str, object], recipe: str, bits: float) -> tuple[RunPlan, float]:
-    """The plan, and the seconds that it took."""
+def plan_model(
+    fields: dict[str, object], recipe: str, bits: float, dense_bits: Sequence[int] = (16,)
+) -> list[tuple[RunPlan, float]]:
+    """The plan for each of `dense_bits`, and the seconds that it took."""
+    plans = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder, fields)
-        started = time.perf_counter()
-        stream = LayerStream(folder, dtype=torch.float32, device="cpu")
-        chosen = make_recipe(recipe, bits)
-        formats = check_budget(stream.banks, chosen)
-        plan = make_plan(stream, formats, chosen, samples=128, sequence_length=2048)
-        return plan, time.perf_counter() - started
+        for outside in dense_bits:
+            started = time.perf_counter()
+            stream = LayerStream(folder, dtype=torch.float32, device="cpu")
+            chosen = make_recipe(recipe, bits, dense_bits=outside)
+            formats, parts = check_budget(stream.banks, chosen), dense_parts(stream, chosen)
+            plan = make_plan(stream, formats, chosen, samples=128, sequence_length=2048, parts=parts)
+            plans.append((plan, time.perf_counter() - started))
+    return plans
+
+
+def write_sizes(models: Sequence[str], bits: float, output: Path) -> None:
+    """The table of sizes. "goal": what a packed checkpoint of well-known models is to take at most."""
+    columns = ["model", "weights, 10⁹", "outside the experts", "original, GB"]
+    columns += [f"{dense} bits outside, GB" for dense in DENSE_BITS] + ["bits of the whole model", "goal, GB"]
+    lines = ["# Sizes", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for model in models:
+        plans = [plan for plan, _ in plan_model(CONFIGS[model], "fast", bits, DENSE_BITS)]
+        goal = f"{GOALS[model]:.1f}" if model in GOALS else ""
+        sizes = " | ".join(f"{plan.output_bytes / 1e9:.2f}" for plan in plans)
+        whole = " / ".join(f"{plan.model_bits:.2f}" for plan in plans)
+        first = plans[0]
+        outside = (first.model_weights - first.num_weights) / 1e9
+        lines.append(
+            f"| {model} | {first.model_weights / 1e9:.2f} | {outside:.2f} | {first.source_bytes / 1e9:.1f} | "
+            f"{sizes} | {whole} | {goal} |"
+        )
+        print(lines[-1], flush=True)
+    note = (
+        f"\n\nMade by `python eval/plan_table.py --sizes --bits {bits:g}`: {bits:g} bits per expert weight with\n"
+        "everything stored, in the shared experts too. GB are 10⁹ bytes of tensors. Routers and norms have 16 bits.\n"
+        "Computed by the dry run from the configs of the published models; no weight was read.\n"
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + note, encoding="utf-8")
 
 
 def main() -> None:
@@ -136,14 +176,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(CONFIGS))
     parser.add_argument("--recipes", nargs="+", default=["fast", "best"])
     parser.add_argument("--bits", type=float, default=2.25)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "plans.md")
+    parser.add_argument("--sizes", action="store_true", help="the table of sizes instead")
+    parser.add_argument("--output", type=Path, help="(default: plans.md or sizes.md in docs/results)")
     options = parser.parse_args()
+    output = options.output or ROOT / "docs" / "results" / ("sizes.md" if options.sizes else "plans.md")
+    if options.sizes:
+        write_sizes(options.models, options.bits, output)
+        return
     columns = "model|weights, 10⁹|of experts|recipe|size, GB|after, GB|memory, GB|most of it|disk, GB|time|planned in"
     lines = ["| " + columns.replace("|", " | ") + " |", "|---" * (columns.count("|") + 1) + "|"]
     for model in options.models:
         for recipe in options.recipes:
             try:
-                plan, seconds = plan_model(CONFIGS[model], recipe, options.bits)
+                ((plan, seconds),) = plan_model(CONFIGS[model], recipe, options.bits)
             except KbvqError as error:
                 raise SystemExit(f"{model}: {error}") from error
             largest = max(plan.memory.parts, key=lambda name: plan.memory.parts[name])
@@ -159,8 +204,8 @@ def main() -> None:
         f"one process with {torch.get_num_threads()} threads. Time is an estimate from a measurement on the\n"
         "machine that made the table. Configs of the published models, shards of headers alone, in bfloat16.\n"
     )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("\n".join(lines) + note, encoding="utf-8")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + note, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from huggingface_hub import get_local_safetensors_metadata
-from plan_table import CONFIGS, plan_model
+from plan_table import CONFIGS, GOALS, plan_model
 from quantizing import quantize
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
@@ -29,7 +29,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_plans_of_published_models_know_their_size(model):
-    plan, _ = plan_model(CONFIGS[model], "fast", 2.25)
+    ((plan, _),) = plan_model(CONFIGS[model], "fast", 2.25)
     assert plan.model_weights / 1e9 == pytest.approx(PUBLISHED[model], rel=0.006)
     assert plan.source_bytes == 2 * plan.model_weights  # bfloat16, none of them ties its embeddings
     assert plan.bits == pytest.approx(2.25)
@@ -39,6 +39,15 @@ def test_plans_of_published_models_know_their_size(model):
     experts = config.get("num_experts") or config.get("num_local_experts") or config["n_routed_experts"]
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
     assert plan.memory.parts["statistics"] >= 8 * experts * (config["hidden_size"] ** 2 + width**2)
+
+
+@pytest.mark.parametrize("model", GOALS)
+def test_whole_checkpoints_at_2_bit_experts_are_as_small_as_they_should_be(model):
+    ((eight, _), (four, _)) = plan_model(CONFIGS[model], "fast", 2, (8, 4))
+    assert four.output_bytes < eight.output_bytes <= GOALS[model] * 1e9
+    assert eight.model_bits == 8 * eight.output_bytes / eight.model_weights
+    outside = eight.model_weights - eight.num_weights
+    assert 0.99 * outside < eight.dense_weights < outside
 
 
 def options(tmp_path, text):

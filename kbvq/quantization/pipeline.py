@@ -122,18 +122,23 @@ def prepare_run(options: QuantizeOptions, folder: Path) -> Prepared:
     stream = LayerStream(folder, dtype=_compute_dtype(device), device=device)
     choose = check_budget if options.recipe.budget else uniform_plan
     formats = choose(stream.banks, options.recipe)
-    parts = NOTHING
-    if options.recipe.dense_bits < 16:
-        parts = find_dense_parts(
-            stream.model,
-            stream.banks,
-            options.recipe.dense_bits,
-            keeps_float32=stream.keeps_float32,
-            is_tied=stream.is_tied,
-        )
+    parts = dense_parts(stream, options.recipe)
     length = _sequence_length(options, stream)
     plan = make_plan(stream, formats, options.recipe, samples=options.samples, sequence_length=length, parts=parts)
     return Prepared(stream, ranks, formats, parts, plan)
+
+
+def dense_parts(stream: LayerStream, recipe: Recipe) -> DenseParts:
+    """What the recipe packs outside the banks."""
+    if recipe.dense_bits == 16:
+        return NOTHING
+    return find_dense_parts(
+        stream.model,
+        stream.banks,
+        recipe.dense_bits,
+        keeps_float32=stream.keeps_float32,
+        is_tied=stream.is_tied,
+    )
 
 
 def dry_run(options: QuantizeOptions) -> RunPlan:
