@@ -140,6 +140,12 @@ def test_what_stands_on_a_gradients_way_gives_one(tied):
     assert embedded.grad.abs().sum() > 0
 
 
+def test_a_packed_model_compiles_into_one_graph(tied):
+    loaded = AutoModelForCausalLM.from_pretrained(tied / "packed", dtype=torch.float32)
+    expected = logits(loaded)  # eagerly first
+    assert torch.equal(logits(torch.compile(loaded, fullgraph=True, backend="aot_eager")), expected)
+
+
 class Stop(BaseException):
     pass
 

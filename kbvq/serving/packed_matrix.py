@@ -17,6 +17,8 @@ from kbvq.structures import WEIGHT, MatrixFormat
 class PackedMatrixModule(PackedModule):
     """A packed matrix and the product with it."""
 
+    weight: Tensor  # the codes
+
     def __init__(self, format: MatrixFormat) -> None:
         super().__init__({WEIGHT: format.weight})
         self.format = format
@@ -40,6 +42,8 @@ class PackedMatrixModule(PackedModule):
 
 class PackedLinear(PackedMatrixModule):
     """In the place of a Linear, whose bias it keeps as it is."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, format: MatrixFormat, bias: nn.Parameter | None) -> None:
         super().__init__(format)
@@ -79,6 +83,8 @@ class PackedEmbedding(PackedMatrixModule):
 class TiedHead(nn.Module):
     """In the place of a Linear whose weight is the embedding's: there is one packed tensor, and that is the
     embedding's."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None) -> None:
         super().__init__()
