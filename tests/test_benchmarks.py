@@ -8,8 +8,11 @@ from pathlib import Path
 import continuations
 import real_table
 import torch
+import weight_codes
 from tiny_models import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+
+from kbvq_eval.baseline import BaselineCache
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +63,18 @@ def test_continuations_are_those_of_each_model(tmp_path):
         assert tiny_tokenizer().decode(ids[-6:], skip_special_tokens=True) == text
     table = continuations.markdown(("w5 w6", "w7"), {"original": texts, "2.25 bits": ["a\nb", "c"]})
     assert "**w5 w6** …\n\n- original: … " in table and "- 2.25 bits: … a ⏎ b\n" in table
+
+
+def test_code_formats_are_compared_on_one_projection_and_leave_the_model_as_it_was(trained_model):
+    model = AutoModelForCausalLM.from_pretrained(trained_model, dtype=torch.float32, experts_implementation="eager")
+    tokens = torch.randint(5, 4000, (2, 64), generator=torch.Generator().manual_seed(0))
+    problem = weight_codes.read_problem(model, tokens, 1, 2)
+    assert problem.moments.tokens.tolist() == sorted(problem.moments.tokens.tolist(), reverse=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    row = weight_codes.measure(problem, model, BaselineCache.of_model(model, tokens), "sign-vq", 2)
+    assert row["kl"] > 0 and 0 < row["relative_error"] < 0.1 and row["bits_per_weight"] > 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert "| `sign-vq` | " in weight_codes.markdown([row], "")
 
 
 def test_decoder_speed_states_both_sizes(tmp_path):
