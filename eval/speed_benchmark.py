@@ -2,10 +2,10 @@
 
 Random weights and inputs, both with heavy-tailed channels, of a few experts of each bank; what grows with the experts
 is scaled to all of them. Every stage runs on one core and is measured in CPU time, so that another process beside it
-disturbs less. Projections have no shared basis. Of each projection a layer runs: the probe's pass, the teacher's, and
-the student's three (planning, layer_quantization); three of them gather its moments. Attention, files and the network's
-other parts are not in it, nor what a recipe tunes end to end. --plain: the searches in torch, as without a C++
-compiler. Writes coding_speed.json and coding_speed.md.
+disturbs less. Projections have no shared basis. Each expert runs on the probe's pass, the teacher's, the student's
+three, and once more with the original weights on the student's tokens (sensitivity, layer_quantization, matching).
+Attention, files and the network's other parts are not in it, nor what a recipe tunes end to end. --plain: the searches
+in torch, as without a C++ compiler. Writes speed.json and speed.md.
 """
 
 from __future__ import annotations
@@ -26,24 +26,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kbvq.method import projection, vector_quantization
+from kbvq.method.target_weights import TargetSums, goal_of
 from kbvq.models.expert_forward import gated, run_experts, stacked_experts
+from kbvq.quantization.sensitivity import noise_law, probed_rates
 from kbvq.recipes import Recipe, make_recipe
 from kbvq.structures import InputMoments
 from kbvq_kernels import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 CALIBRATION = 128 * 2048  # tokens
-FORWARD_PASSES = 5
-MOMENT_PASSES = 3
+FORWARD_PASSES = 6
+MOMENT_PASSES = {"gate_up_proj": 2, "down_proj": 3}
+"""The probe's and the student's; of down, by which channels are sorted, the teacher's too. Once there are the sums that
+pair inputs with the outputs that they should give."""
 STAGES = {
     "column scales": (projection, "column_scales"),
     "tables": (vector_quantization, "_fit_codebook"),
-    "factors": (vector_quantization, "_factor"),
+    "factors": (vector_quantization, "upper_factor"),
     "codes": (vector_quantization, "encode_with_feedback"),
     "output correction": (projection, "_correct_outputs"),
+    "limit": (projection, "_spectrum"),
+    "basis": (torch.linalg, "eigh"),
 }
-PER_BANK = {"tables"}
-"""Does not grow with the experts: k-means draws a subset of all vectors."""
+NOT_CODING = {"limit", "basis"}
+"""What is done for the report and the probe."""
+
+PER_BANK = {"tables", "limit", "basis"}
+"""Does not grow with the experts: k-means draws a subset of all vectors, the Shannon limit is that of few experts, and
+a shared basis has two eigenvalue problems for all of them."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,18 @@ def input_moments(experts: int, in_features: int, tokens: int, seconds: dict[str
     return moments
 
 
+def target_sums(experts: int, shape: tuple[int, int], tokens: int, seconds: dict[str, float]) -> TargetSums:
+    """Of outputs that are wanted, [num_experts, outputs, in_features]."""
+    generator = torch.Generator().manual_seed(3)
+    sums = TargetSums.zeros(experts, *shape)
+    for expert in range(experts):
+        wanted, inputs = (torch.randn(tokens, width, generator=generator) for width in shape)
+        start = time.process_time()
+        sums.add_(expert, 0.01 * wanted, inputs, torch.ones(tokens))
+        seconds["moments"] += time.process_time() - start
+    return sums
+
+
 def forward_time(bank: Bank, experts: int, tokens: int) -> tuple[float, float]:
     """CPU seconds of a pass of so many tokens through each of so many experts, and of its matrix products alone."""
     generator = torch.Generator().manual_seed(1)
@@ -138,6 +160,13 @@ def forward_time(bank: Bank, experts: int, tokens: int) -> tuple[float, float]:
     return whole, time.process_time() - start
 
 
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.process_time()
+    yield
+    seconds[stage] += time.process_time() - start
+
+
 def measure_bank(bank: Bank, recipe: Recipe, bits: int, experts: int, tokens: int) -> dict[str, float]:
     """CPU seconds by stage for the bank, all experts and the whole calibration text."""
     experts = min(experts, bank.num_experts)
@@ -147,19 +176,34 @@ def measure_bank(bank: Bank, recipe: Recipe, bits: int, experts: int, tokens: in
     for name, (out_features, in_features) in bank.projections().items():
         of_moments: dict[str, float] = defaultdict(float)
         moments = input_moments(experts, in_features, tokens, of_moments)
-        seconds["moments"] += MOMENT_PASSES * share * of_moments["moments"]
+        seconds["moments"] += MOMENT_PASSES[name] * share * of_moments["moments"]
+        of_sums: dict[str, float] = defaultdict(float)
+        # Gate and up are to give what they gave on the original's inputs, down what the layer lacks.
+        sums = target_sums(experts, (bank.hidden_size, in_features), tokens, of_sums)
+        seconds["moments"] += share * of_sums["moments"]
         generator = torch.Generator().manual_seed(2)
         weights = 0.02 * heavy_tailed(experts, out_features, in_features, generator=generator)
+        basis = seconds["basis"]
+        with timed(seconds, "probe"), stage_times(seconds):
+            law = noise_law(weights, moments, recipe, probed_rates(bits))
+            white = law.white(generator)
+            for rate in law.deviations:
+                law.noise(white, rate)
+        seconds["probe"] -= seconds["basis"] - basis
+        with timed(seconds, "goals"):
+            targets = sums.mapped(weights) if name == "gate_up_proj" else sums
+            goal = goal_of(weights, targets, moments, recipe.prior_tokens)
+        del sums, targets, white
         format = recipe.projection_format(experts, out_features, in_features, bits=bits, rank=0, bias=True)
-        start = time.process_time()
-        with stage_times(seconds):
-            packed = projection.quantize_projection(weights, moments, moments, format, recipe, seed=0)
-        seconds["quantize"] += time.process_time() - start
-        start = time.process_time()
-        report = projection.report_projection(weights, packed, moments, prior_tokens=recipe.prior_tokens)
-        seconds["report"] += time.process_time() - start
+        with timed(seconds, "quantize"), stage_times(seconds):
+            packed = projection.quantize_projection(weights, moments, moments, format, recipe, seed=0, goal=goal)
+        limit = seconds["limit"]
+        with timed(seconds, "report"), stage_times(seconds):
+            report = projection.report_projection(weights, packed, moments, prior_tokens=recipe.prior_tokens)
+        seconds["report"] -= seconds["limit"] - limit
         print(f"  {bank.name} {name}: relative error {report.relative_error:.4f}", flush=True)
-    seconds["other"] = seconds.pop("quantize") - sum(seconds[stage] for stage in STAGES)
+    seconds["other"] = seconds.pop("quantize") - sum(seconds[stage] for stage in STAGES if stage not in NOT_CODING)
+    seconds["limit"] *= min(projection.LIMIT_EXPERTS, bank.num_experts) / min(projection.LIMIT_EXPERTS, experts)
     scale = bank.num_experts / experts
     seconds = {stage: value * (1 if stage in PER_BANK else scale) for stage, value in seconds.items()}
     passes = FORWARD_PASSES * share * scale
@@ -167,7 +211,7 @@ def measure_bank(bank: Bank, recipe: Recipe, bits: int, experts: int, tokens: in
 
 
 def table(results: list[dict]) -> list[str]:
-    stages = [*STAGES, "other", "report", "moments", "forward"]
+    stages = [*STAGES, "other", "report", "goals", "probe", "moments", "forward"]
     lines = [f"| model | recipe | {' | '.join(stages)} | coding, µs a weight | forward, share of products | model, h |"]
     lines.append("|---|---|" + "---|" * (len(stages) + 3))
     for row in results:
@@ -186,7 +230,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="for each expert, scaled to the calibration text")
     parser.add_argument("--plain", action="store_true", help="searches in torch instead of the compiled ones")
     parser.add_argument("--width-divisor", type=int, default=1, help="narrower banks, to try the script")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "coding_speed.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "speed.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.plain:
@@ -212,7 +256,7 @@ def main() -> None:
                     totals[stage] += value
                 weights += bank.num_experts * 3 * bank.hidden_size * bank.intermediate_size
             products = totals.pop("forward, products alone")
-            coding = sum(totals[stage] for stage in (*STAGES, "other"))
+            coding = sum(totals[stage] for stage in (*STAGES, "other") if stage not in NOT_CODING)
             results.append(
                 {
                     "model": model,
@@ -231,9 +275,11 @@ def main() -> None:
         "",
         *table(results),
         "",
-        f"Made by `python eval/speed_benchmark.py`, torch {torch.__version__}. coding: all but report, moments and "
-        f"forward. forward: {FORWARD_PASSES} passes, moments in {MOMENT_PASSES}. model: all decoder layers' experts, "
-        "core-hours.",
+        f"Made by `python eval/speed_benchmark.py`, torch {torch.__version__}. coding: from column scales to other, "
+        "without limit and basis. limit: the Shannon limit of few experts, for the report. goals: the weights that are "
+        "coded in the place of the original ones. probe: noise for the sensitivities; basis: the eigenvalue problems "
+        "of a projection's shared basis, for them. "
+        f"forward: {FORWARD_PASSES} passes. model: all decoder layers' experts, core-hours.",
     ]
     options.output.write_text(json.dumps({"settings": vars(options) | {"output": None}, "rows": results}, indent=1))
     options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -13,8 +13,8 @@ from kbvq.models.moe_adapters import ExpertBank
 from kbvq.quantization.sensitivity import (
     EXPONENTS,
     Sensitivity,
-    _noise_law,
     divergences,
+    noise_law,
     probe_layer,
     probed_rates,
     super_experts,
@@ -51,7 +51,7 @@ def test_noise_has_the_size_of_the_error_that_quantization_makes_at_every_rate()
     """Within a fifth for the trellis code, whose errors are Gaussian-like; vector codes differ more from their law."""
     recipe = make_recipe("best", 2, bcos=False, prior_tokens=0.0)
     weights, moments = problem()
-    law = _noise_law(weights, moments, recipe, (2, 3))
+    law = noise_law(weights, moments, recipe, (2, 3))
     white = law.white(torch.Generator().manual_seed(1))
 
     def drawn(rate):
@@ -68,7 +68,7 @@ def test_growth_says_what_a_shared_basis_saves():
     recipe = make_recipe("best", 2, bcos=False, prior_tokens=0.0, idre=True)
     for shared in (0.0, 0.05):
         weights, moments = problem(shared=shared)
-        growth = _noise_law(weights, moments, recipe, (2, 3)).growth
+        growth = noise_law(weights, moments, recipe, (2, 3)).growth
         saved = growth[2, 2] / growth[2, 0]
         assert saved < 0.5 if shared else saved > 0.9
         made = [quantization_error(weights, moments, recipe, 2, rank=rank) for rank in (0, 2)]
@@ -78,7 +78,7 @@ def test_growth_says_what_a_shared_basis_saves():
 def test_bias_share_is_the_constant_part_of_the_error():
     recipe = make_recipe("best", 2, prior_tokens=0.0)
     weights, moments = problem(shift=3.0)
-    law = _noise_law(weights, moments, recipe, (2, 3))
+    law = noise_law(weights, moments, recipe, (2, 3))
     noise = law.noise(law.white(torch.Generator().manual_seed(1)), 2)
     constant = total = 0.0
     for expert in range(EXPERTS):

@@ -175,7 +175,7 @@ class TableRefit:
         books, tables, size, dim = codebook.tables.shape
         self.normal = codebook.tables.new_zeros(books * tables * size, dim, dim)
         self.right = codebook.tables.new_zeros(books * tables * size, dim)
-        self.sums = self.normal, self.right
+        self.sums: tuple[Tensor, ...] = self.normal, self.right
 
     def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None:
         dim = self.codebook.vector_dim

@@ -48,11 +48,12 @@ def nearest_codewords(vectors: Tensor, codebooks: Tensor) -> Tensor:
     return torch.cat(chunks)
 
 
-def _draw(mass: Tensor, generator: torch.Generator) -> int:
-    """One index drawn with probability proportional to `mass` [n] float64 >= 0; the first one if all are zero."""
+def _draw(mass: Tensor, generator: torch.Generator) -> Tensor:
+    """One index drawn with probability proportional to `mass` [n] float64 >= 0; the first one if all are zero. [1]
+    int64 on the device of `mass`, where it stays: a GPU would be waited for at every codeword."""
     cumulative = mass.cumsum(0)
     threshold = torch.rand((), generator=generator, dtype=torch.float64).to(mass.device) * cumulative[-1]
-    return int(torch.searchsorted(cumulative, threshold, right=True).clamp_max(len(mass) - 1))
+    return torch.searchsorted(cumulative, threshold, right=True).clamp_max(len(mass) - 1)[None]
 
 
 def _seed_codebook(vectors: Tensor, num_codewords: int, weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -62,7 +63,7 @@ def _seed_codebook(vectors: Tensor, num_codewords: int, weights: Tensor, generat
     for _ in range(num_codewords - 1):
         torch.minimum(distance, (vectors - vectors[chosen[-1]]).square().sum(1), out=distance)
         chosen.append(_draw(weights * distance, generator))
-    return vectors[torch.tensor(chosen, device=vectors.device)].clone()
+    return vectors[torch.cat(chosen)]
 
 
 def kmeans(

@@ -64,11 +64,12 @@ def target_variances(passing: Tensor, variances: Tensor, distortion: float) -> T
     channel j is the weight minus Σ_{l<j} (coordinate l) (M⁻¹)_lj, so V_j = variance_j + distortion · Σ_{l<j} passing_lj
     V_l.
 
-    passing: `error_passing` of M, [n, n]. variances: [n], of the weights, in the same order. Returns [n].
+    passing: `error_passing` of M, [n, n]. variances: of the weights in the same order, [n], or [n, k] for several
+    problems. Returns the same shape.
     """
     unit_lower = passing.mT * -distortion  # its diagonal counts as ones: V = variances + distortion · passingᵀ V
-    solved = torch.linalg.solve_triangular(unit_lower, variances[:, None], upper=False, unitriangular=True)
-    return solved[:, 0]
+    columns = variances.view(len(variances), -1)
+    return torch.linalg.solve_triangular(unit_lower, columns, upper=False, unitriangular=True).view_as(variances)
 
 
 def encode_with_feedback(

@@ -134,7 +134,7 @@ def report_projection(
         row[0] = lost = weighted_error(weights[expert] - quantized, second_moment)
         row[1] = weighted_error(weights[expert], second_moment)
         if expert in limited:
-            spectrum = weighted_spectrum(second_moment, row_moment(weights[expert]))
+            spectrum = _spectrum(second_moment, weights[expert])
             row[2] = bits_above_limit(lost, shannon_distortion(spectrum, bits))
             row[3:] = _shares(spectrum)
     found = gather(team, own.to(weights.device), len(weights)).cpu()
@@ -148,6 +148,10 @@ def report_projection(
         relative_error_by_expert=tuple(lost / own if own else 0.0 for lost, own in found[:, :2].tolist()),
         spectrum=tuple(found[limited, 3:].mean(0).tolist()),
     )
+
+
+def _spectrum(second_moment: Tensor, weight: Tensor) -> Tensor:
+    return weighted_spectrum(second_moment, row_moment(weight))
 
 
 def _shares(spectrum: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def shannon_distortion(spectrum: Tensor, bits_per_weight: float) -> float:
 
     spectrum: [in_features] from `weighted_spectrum`. The water level θ is found by bisection on log θ.
     """
-    spectrum = spectrum.double()
+    spectrum = spectrum.double().cpu()  # the search below asks for a number in every step
     largest = float(spectrum.max())
     if largest <= 0:
         return 0.0

@@ -271,10 +271,12 @@ class LayerStream:
                 self.model.set_submodule(path, module)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """What the model makes of the last decoder layer's output: [B, S, H] -> [B, S, vocabulary], differentiable.
+        """What the model makes of the last decoder layer's output: [B, S, H] -> [B, S, vocabulary] on `device`,
+        differentiable.
 
         Inside `head` or `whole` only.
         """
+        hidden_states = hidden_states.to(self.device)
         own = [layer.__dict__.get("forward") for layer in self.layers]
         for layer in self.layers:  # the model's own forward, with its norm, head and scaling, around no layers
             layer.forward = lambda *args, **kwargs: hidden_states

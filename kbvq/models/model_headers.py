@@ -19,8 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from kbvq.errors import CheckpointError
 from kbvq.models.layer_stream import check_model_name
 
-_HTTP_ERRORS = HfHubHTTPError.__bases__
-"""Those of the client beneath the hub's, which is another one in each of its versions."""
+_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+"""The last are those of the HTTP client beneath the hub's, which is another one in each of its versions."""
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def model_headers(name_or_path: str) -> Iterator[Path]:
         try:
             shutil.copyfile(hf_hub_download(name_or_path, "config.json"), folder / "config.json")
             repository = get_safetensors_metadata(name_or_path)
-        except (OSError, ValueError, *_HTTP_ERRORS) as error:
+        except _FAILURES as error:
             reason = str(error).strip().partition("\n")[0]
             raise CheckpointError(
                 f"there is no local folder {name_or_path}, and the hub did not tell what such a model is made of "

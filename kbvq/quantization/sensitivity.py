@@ -143,7 +143,7 @@ def probe_layer(
         for projection in PROJECTIONS:
             weights = module.weights[projection]
             site = bank, projection
-            law = _noise_law(weights, moments[bank][projection], recipe, rates)
+            law = noise_law(weights, moments[bank][projection], recipe, rates)
             growth[site], bias_shares[site] = law.growth, law.bias_share
             white = law.white(generator)
             for rate in rates:
@@ -185,7 +185,7 @@ def super_experts(peaks: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 @dataclass(frozen=True)
-class _NoiseLaw:
+class NoiseLaw:
     """The quantization error's law: (W − Ŵ) M = white · deviations, channels in `order`.
 
     spread: [E, out_features], row scales. factor: [E, n, n] M. deviations: by rate, [E, n]. growth, bias_share: see
@@ -210,41 +210,48 @@ class _NoiseLaw:
         return noise[..., self.order.argsort()]
 
 
-def _noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tuple[int, ...]) -> _NoiseLaw:
+def noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tuple[int, ...]) -> NoiseLaw:
+    """Of a projection, for the probed code rates."""
     order = channel_order(moments.pooled_second_moment(), 1)
     rates = {rate: code.distortion for rate, code in CODES[recipe.codebook].items()}
     residuals = _residuals(weights.float(), moments, recipe)
     spreads = {rank: row_scales(residual) for rank, residual in residuals.items()}
-    energy = {(rate, rank): 0.0 for rank in residuals for rate in rates}
-    factors, constant = [], 0.0
+    # Summed on the device: a GPU would be waited for at every number that the host asks for.
+    energy = torch.zeros(len(rates), len(residuals), dtype=torch.float64, device=weights.device)
+    constant = energy.new_zeros(())
+    factors = []
     deviations: dict[int, list[Tensor]] = {rate: [] for rate in probed}
     for expert in range(len(weights)):
         second_moment, mean = moments.expert_moments(expert, recipe.prior_tokens)
         factor = upper_factor(second_moment[order][:, order], recipe.damping)
         passing, diagonal = error_passing(factor), factor.diagonal().square()
-        for rank, residual in residuals.items():
-            own = (residual[expert][:, order] / spreads[rank][expert, :, None]).square().mean(0)
-            mass = float(moments.mass[expert] * spreads[rank][expert].square().sum())
-            for rate, distortion in rates.items():
-                variances = distortion * diagonal * target_variances(passing, own, distortion)
-                energy[rate, rank] += mass * variances.sum().item()
-                if rank or rate not in probed:
-                    continue
-                deviations[rate].append(variances.sqrt())
-                if rate == probed[0]:
-                    # The constant input in the coordinates of M: what it sums up of the error is the same for all
-                    # tokens.
-                    direction = torch.linalg.solve_triangular(factor, mean[order][:, None], upper=True)[:, 0]
-                    constant += mass * (variances * direction.square()).sum().item()
+        own = torch.stack(
+            [
+                (residual[expert][:, order] / spreads[rank][expert, :, None]).square().mean(0)
+                for rank, residual in residuals.items()
+            ],
+            1,
+        )  # [n, ranks], rank 0 first
+        mass = moments.mass[expert] * torch.stack([spread[expert].square().sum() for spread in spreads.values()])
+        for place, (rate, distortion) in enumerate(rates.items()):
+            variances = distortion * diagonal[:, None] * target_variances(passing, own, distortion)
+            energy[place] += mass * variances.sum(0)
+            if rate in probed:
+                deviations[rate].append(variances[:, 0].sqrt())
+            if rate == probed[0]:
+                # The constant input in the coordinates of M: what it sums up of the error is the same for all tokens.
+                direction = torch.linalg.solve_triangular(factor, mean[order][:, None], upper=True)[:, 0]
+                constant += mass[0] * (variances[:, 0] * direction.square()).sum()
         factors.append(factor)
-    lowest = max(energy[probed[0], 0], 1e-30)
-    return _NoiseLaw(
+    energies = dict(zip(((rate, rank) for rate in rates for rank in residuals), energy.flatten().tolist(), strict=True))
+    lowest = max(energies[probed[0], 0], 1e-30)
+    return NoiseLaw(
         order,
         spreads[0],
         torch.stack(factors),
         {rate: torch.stack(of_rate) for rate, of_rate in deviations.items()},
-        growth={option: of_option / lowest for option, of_option in energy.items()},
-        bias_share=constant / lowest,
+        growth={option: of_option / lowest for option, of_option in energies.items()},
+        bias_share=constant.item() / lowest,
     )
 
 

@@ -1,0 +1,84 @@
+"""Every stage of a run on a device that is none but behaves like a GPU; see pretend_cuda for what it cannot see."""
+
+import dataclasses
+
+import pytest
+import torch
+from pretend_cuda import CUDA, DeviceError, is_marked, pretend_cuda
+from quantizing import quantize
+from tiny_models import save_tiny_model
+
+from kbvq.method.projection import quantize_projection
+from kbvq.quantization import layer_quantization
+from kbvq.recipes import make_recipe
+from kbvq.structures import InputMoments
+
+
+def test_the_device_refuses_what_a_gpu_refuses():
+    with pretend_cuda():
+        there, here = torch.ones(3, device="cuda"), torch.arange(3.0)
+        assert there.device == CUDA and (there + 1).device == CUDA and torch.zeros_like(there).device == CUDA
+        assert here.device.type == "cpu" and there.cpu().device.type == "cpu" and here.to(CUDA).device == CUDA
+        assert not is_marked(here)
+        with pytest.raises(DeviceError, match="two devices"):
+            there + here
+        with pytest.raises(DeviceError, match="two devices"):
+            torch.cat([there, here])
+        with pytest.raises(DeviceError, match="numpy"):
+            there.numpy()
+        with pytest.raises(DeviceError, match="generator"):
+            torch.rand(3, device="cuda", generator=torch.Generator())
+        with pytest.raises(DeviceError, match="forward passes only"):
+            torch.linalg.cholesky(torch.eye(3, device="cuda", dtype=torch.bfloat16))
+        # what CUDA allows: numbers, indices and copies from the CPU
+        assert torch.equal((there * here[1]).cpu(), torch.ones(3))
+        assert there[torch.tensor([0, 2])].device == CUDA
+        here[:] = there
+        assert not is_marked(here) and here.tolist() == [1, 1, 1]
+        layer = torch.nn.Linear(3, 2).to("cuda")
+        assert layer.weight.device == CUDA and layer(there).device == CUDA
+
+
+def test_every_stage_runs_there_and_statistics_are_in_float32(tmp_path, text, monkeypatch):
+    """Sensitivities, budget, matching, codes and correction, with activations in bfloat16."""
+    save_tiny_model(tmp_path / "model", "mixtral")
+    recipe = make_recipe("fast", 3, kmeans_iterations=1)
+    expected = quantize(tmp_path / "model", tmp_path / "on-cpu", text, recipe, samples=2)
+    seen = []
+
+    def watched(weights, teacher, student, *rest, goal=None, **options):
+        for gathered in (teacher, student, goal):
+            if gathered is not None:
+                named = {field.name: getattr(gathered, field.name) for field in dataclasses.fields(gathered)}
+                seen.extend((name, t.dtype, t.device) for name, t in named.items() if name != "tokens")
+        return quantize_projection(weights, teacher, student, *rest, goal=goal, **options)
+
+    monkeypatch.setattr(layer_quantization, "quantize_projection", watched)
+    with pretend_cuda() as device:
+        found = quantize(tmp_path / "model", tmp_path / "on-gpu", text, recipe, samples=2, device="cuda")
+    assert found["compute_dtype"] == "bfloat16" and expected["compute_dtype"] == "float32"
+    assert len(seen) > 40 and {(dtype, where) for _, dtype, where in seen} == {(torch.float32, CUDA)}
+    for ours, theirs in zip(found["layers"], expected["layers"], strict=True):  # the budget may choose other rates
+        assert ours["output_error"] == pytest.approx(theirs["output_error"], rel=0.5)
+    # The host waits for the device some times a projection and expert, and for none of a codeword, rate or rank.
+    ((place, most),) = device.waits.most_common(1)
+    assert device.calls > 5000 and most <= 100, place
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_trellis_is_coded_there_as_on_the_cpu(bits):
+    generator = torch.Generator().manual_seed(0)
+    recipe = make_recipe("default", 2)
+    weights, inputs = torch.randn(2, 24, 8, generator=generator), torch.randn(2, 40, 8, generator=generator)
+    format = recipe.projection_format(2, 24, 8, bits=bits, rank=1)
+
+    def coded(device):
+        moments = InputMoments.zeros(2, 8, device)
+        for expert in range(2):
+            moments.add_(expert, inputs[expert].to(device), torch.ones(40, device=device))
+        return quantize_projection(weights.to(device), moments, moments, format, recipe, seed=0).to("cpu")
+
+    expected = coded("cpu")
+    with pretend_cuda():
+        found = coded("cuda")
+    assert (found.tensors["codes"] == expected.tensors["codes"]).double().mean() > 0.9
