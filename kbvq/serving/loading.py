@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from kbvq.errors import CheckpointError, ConfigError
 from kbvq.storage.checkpoint import is_packed_checkpoint
@@ -34,6 +33,8 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | torch.dt
     Raises ConfigError for a device or dtype that cannot be, CheckpointError for a folder that is no packed checkpoint
     or is damaged.
     """
+    from transformers import AutoConfig, AutoTokenizer  # of old versions they load Triton
+
     from kbvq.models.devices import choose_device
     from kbvq.models.layer_stream import auto_class, resolve_model_folder
 
