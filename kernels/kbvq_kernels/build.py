@@ -23,14 +23,21 @@ logger = logging.getLogger(__name__)
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
 
 TARGETS = {
+    ("x86_64", "AVX512 VNNI"): "-march=cascadelake",
     ("x86_64", "AVX512"): "-march=x86-64-v4",
     ("x86_64", "AVX2"): "-march=x86-64-v3",
     ("x86_64", "DEFAULT"): "-march=x86-64",
     ("aarch64", "DEFAULT"): "-march=armv8-a",
 }
-"""(machine, what torch calls its vectors) -> the instructions that the compiler may use."""
+"""(machine, what torch calls its vectors, and products of bytes) -> the instructions that the compiler may use."""
 
-LIBRARIES = ("cpu_decode", "cpu_feedback", "cpu_trellis")
+LIBRARIES = {
+    "cpu_decode": ("cpu_decode.cpp", "cpu_integer.cpp"),
+    "cpu_feedback": ("cpu_feedback.cpp",),
+    "cpu_trellis": ("cpu_trellis.cpp",),
+}
+"""Library -> what it is made of."""
+
 SOURCES = Path(__file__).parent
 
 
@@ -48,14 +55,16 @@ def _machine() -> str:
 def target() -> str:
     """The compiler's flag for this processor; on a machine that TARGETS does not know, what compilers take for all."""
     vectors = torch.backends.cpu.get_cpu_capability()
+    if vectors == "AVX512" and torch.cpu._is_vnni_supported():
+        vectors = "AVX512 VNNI"
     flag = TARGETS.get((_machine(), vectors)) or TARGETS.get((_machine(), "DEFAULT"))
     return flag or "-O3"  # given twice
 
 
 def _file_name(name: str, target: str) -> str:
     """Says what the library was compiled from, so that another version of this package builds its own."""
-    source = (SOURCES / f"{name}.cpp").read_text()
-    key = hashlib.sha256("\0".join([source, *FLAGS]).encode()).hexdigest()[:16]
+    files = [*(SOURCES / file for file in LIBRARIES[name]), *sorted(SOURCES.glob("*.h"))]
+    key = hashlib.sha256("\0".join([*(file.read_text() for file in files), *FLAGS]).encode()).hexdigest()[:16]
     return f"{name}-{target.partition('=')[2] or platform.machine()}-{key}.so"
 
 
@@ -67,14 +76,14 @@ def _compile(name: str, target: str, compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / f"{name}.so"
-        command = [compiler, target, *FLAGS, str(SOURCES / f"{name}.cpp"), "-o", str(built)]
+        command = [compiler, target, *FLAGS, *(str(SOURCES / file) for file in LIBRARIES[name]), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         built.replace(path)
 
 
 def compiled_library(name: str, *, task: str, otherwise: str) -> ctypes.CDLL | None:
-    """The library made of `name`.cpp: one beside it, else one in the cache, else made now with $CXX, g++ or c++; None,
-    and a warning, when that cannot be.
+    """One of LIBRARIES: beside its sources, else in the cache, else made now with $CXX, g++ or c++; None, and a
+    warning, when that cannot be.
 
     task, otherwise: what the log says that it does ("experts decode"), and how that is done without it.
     """

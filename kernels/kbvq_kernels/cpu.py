@@ -1,6 +1,8 @@
 """The ops on the CPU: compiled decoding where there is a C++ compiler, torch's embedding lookup otherwise.
 
-Both give the same numbers up to float32 rounding. Which one runs is logged once, by name.
+Both give the same numbers up to float32 rounding, with one exception: of 16-bit hidden states, few tokens that meet
+int8 codewords or a trellis code are multiplied in integers, for which they are rounded to 8 bits (cpu_integer.cpp).
+Which one runs is logged once, by name.
 """
 
 from __future__ import annotations
@@ -14,7 +16,15 @@ from torch import Tensor
 
 from kbvq_kernels.build import compiled_library
 from kbvq_kernels.prepared import PreparedProjection
-from kbvq_kernels.reference import ACTIVATIONS, TRELLIS_STATE_BITS, trellis_codewords, trellis_states, weight_signs
+from kbvq_kernels.reference import (
+    ACTIVATIONS,
+    TRELLIS_MULTIPLIERS,
+    TRELLIS_STATE_BITS,
+    trellis_codewords,
+    trellis_levels,
+    trellis_states,
+    weight_signs,
+)
 
 DECODE_TOKENS = 16
 """Up to this many tokens of one expert are multiplied while decoding; above, its rows are decoded once for F.linear."""
@@ -68,6 +78,14 @@ def _byte_values(bits: int) -> Tensor:
     windows = torch.arange(1 << 8 + TRELLIS_STATE_BITS - bits)
     states = torch.stack([windows >> shift for shift in range(0, 8, bits)], -1) & (1 << TRELLIS_STATE_BITS) - 1
     return trellis_codewords(bits).float()[states]
+
+
+@functools.cache
+def _trellis_magnitudes() -> tuple[Tensor, float]:
+    """(uint8 [128], unit): the lower half of the levels is -unit times them, within half a unit."""
+    lower = -trellis_levels()[:128].float()
+    unit = lower.max().item() / 127
+    return (lower / unit).round().to(torch.uint8), unit
 
 
 def _decode_trellis(p: PreparedProjection, codes: Tensor) -> Tensor:
@@ -135,19 +153,42 @@ def dequantize(p: PreparedProjection, dtype: torch.dtype) -> Tensor:
     return torch.stack([dequantize_expert(p, e).to(dtype) for e in range(p.num_experts)])
 
 
-def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjection) -> Tensor:
-    """W_e x + b_e of every pair, float32 [P, N]; x float32 [., K], rows [P] of x, experts valid ascending int64 [P]."""
-    pairs = experts.numel()
-    out = torch.empty(pairs, p.out_features)
+def _integer_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjection, out: Tensor) -> None:
+    """The codes' part of `_decode_products` into out, x rounded to 8 bits; int8 codewords or a trellis code."""
+    sizes = len(x), len(out), p.out_features
+    if p.trellis_bits:
+        magnitudes, unit = _trellis_magnitudes()
+        pointers = (_address(t) for t in (p.codes, magnitudes, x, rows, experts, out))
+        code = ctypes.c_float(unit), ctypes.c_uint32(TRELLIS_MULTIPLIERS[p.trellis_bits])
+        sizes = *sizes, p.in_features, p.trellis_bits, torch.get_num_threads()
+        library().kbvq_integer_trellis_products(*pointers, *code, *_longs(*sizes))
+        return
+    pointers = (_address(t) for t in (p.codes, p.words, x, rows, experts, out))
+    codes = p.num_vectors, p.plane, p.row_bytes, p.vector_dim, p.codebook_size, p.signed
+    library().kbvq_integer_products(*pointers, *_longs(*sizes, *codes, p.table.shape[0], torch.get_num_threads()))
+
+
+def _float_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjection, out: Tensor) -> None:
+    """The codes' part of `_decode_products` into out, in float32."""
     threads = torch.get_num_threads()
     if p.trellis_bits:
         pointers = (_address(t) for t in (p.codes, p.words, x, rows, experts, out))
-        sizes = pairs, p.out_features, p.in_features, p.trellis_bits, threads
+        sizes = len(out), p.out_features, p.in_features, p.trellis_bits, threads
         library().kbvq_trellis_products(*pointers, *_longs(*sizes))
     else:
         pointers = (_address(t) for t in (p.codes, p.table, p.groups, x, rows, experts, out))
-        sizes = pairs, *_format(p), p.table.shape[0], threads
+        sizes = len(out), *_format(p), p.table.shape[0], threads
         _check(library().kbvq_products(*pointers, *_longs(*sizes)))
+
+
+def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjection, integers: bool) -> Tensor:
+    """W_e x + b_e of every pair, float32 [P, N]; x float32 [., K], rows [P] of x, experts valid ascending int64 [P].
+
+    integers: round x to 8 bits where the codes have integers to multiply it with.
+    """
+    out = torch.empty(experts.numel(), p.out_features)
+    by_integers = integers and p.words is not None  # trellis codes have words for their levels in float32
+    (_integer_products if by_integers else _float_products)(x, rows, experts, p, out)
     if p.rank:
         low = (x @ p.basis.float().T)[rows]
         if p.factor_scale is not None:
@@ -180,7 +221,7 @@ def linear(x: Tensor, p: PreparedProjection) -> Tensor:
     num_tokens = x.shape[0]
     if library() is not None and 0 < num_tokens <= DECODE_TOKENS:
         rows = torch.arange(num_tokens)
-        return _decode_products(x.float().contiguous(), rows, torch.zeros_like(rows), p).to(x.dtype)
+        return _decode_products(x.float().contiguous(), rows, torch.zeros_like(rows), p, False).to(x.dtype)
     inputs = x if x.dtype == torch.bfloat16 and multiplies_bfloat16() else x.float()
     return _linear(inputs, p, 0).to(x.dtype)
 
@@ -199,33 +240,36 @@ def moe_forward(
     down: PreparedProjection,
     activation: str,
 ) -> Tensor:
-    """The mixture [T, H] in x's dtype; few tokens per expert multiply while decoding, many go through F.linear."""
-    num_tokens = x.shape[0]
+    """The mixture [T, H] in x's dtype; few tokens per expert multiply while decoding, many go through F.linear.
+
+    Each token's experts are added in ascending order, whatever other tokens there are.
+    """
     if experts is None:
-        experts = torch.zeros(num_tokens, 1, dtype=torch.int64)
-        weights = torch.ones(num_tokens, 1)
+        experts = torch.zeros(x.shape[0], 1, dtype=torch.int64)
+        weights = torch.ones(x.shape[0], 1)
     top_k = experts.shape[1]
     act = ACTIVATIONS[activation]
-    flat = experts.reshape(-1)
-    valid = (flat >= 0) & (flat < gate_up.num_experts)
-    counts = torch.bincount(flat[valid], minlength=gate_up.num_experts)
-    rows = torch.zeros(num_tokens * top_k, down.out_features)
+    weights = weights.reshape(-1, 1).float()
+    pairs_of: dict[int, list[int]] = {}  # in lists: tensors of so few elements cost more than their products
+    for pair, e in enumerate(experts.flatten().tolist()):
+        if 0 <= e < gate_up.num_experts:
+            pairs_of.setdefault(e, []).append(pair)
+    most = 0 if library() is None else DECODE_TOKENS
+    few = [e for e in sorted(pairs_of) if len(pairs_of[e]) <= most]
+    y = torch.zeros(x.shape[0], down.out_features)
 
-    few = valid & (counts[flat.clamp(0, gate_up.num_experts - 1)] <= DECODE_TOKENS)
-    if library() is None:
-        few = torch.zeros_like(valid)
-    if few.any():
-        pairs = few.nonzero().squeeze(1)
-        hit, order = flat[pairs].sort(stable=True)
-        pairs = pairs[order]
-        gate, up = _decode_products(x.float().contiguous(), pairs // top_k, hit, gate_up).chunk(2, -1)
+    if few:
+        pairs = torch.tensor([pair for e in few for pair in pairs_of[e]])
+        hit = torch.tensor([e for e in few for _ in pairs_of[e]])
+        tokens, integers = pairs // top_k, x.dtype in (torch.bfloat16, torch.float16)
+        gate, up = _decode_products(x.float().contiguous(), tokens, hit, gate_up, integers).chunk(2, -1)
         h = (act(gate) * up).contiguous()
-        rows[pairs] = _decode_products(h, torch.arange(len(pairs)), hit, down)
-    many = valid & ~few
+        rows = _decode_products(h, torch.arange(len(pairs)), hit, down, integers)
+        y.index_add_(0, tokens, rows.mul_(weights[pairs]))
     inputs = x if x.dtype == torch.bfloat16 and multiplies_bfloat16() else x.float()
-    for e in flat[many].unique().tolist():
-        pairs = (many & (flat == e)).nonzero().squeeze(1)
-        gate, up = _linear(inputs[pairs // top_k], gate_up, e).chunk(2, -1)
-        rows[pairs] = _linear(act(gate) * up, down, e).float()
-    weighted = torch.where(valid[:, None], rows * weights.reshape(-1, 1).float(), 0.0)
-    return weighted.view(num_tokens, top_k, -1).sum(1).to(x.dtype)
+    for e in sorted(pairs_of.keys() - set(few)):
+        pairs = torch.tensor(pairs_of[e])
+        tokens = pairs // top_k
+        gate, up = _linear(inputs[tokens], gate_up, e).chunk(2, -1)
+        y.index_add_(0, tokens, _linear(act(gate) * up, down, e).float() * weights[pairs])
+    return y.to(x.dtype)

@@ -1,5 +1,5 @@
-// Decodes packed experts on the CPU: products with a few vectors, and whole rows. Compiled by cpu.py, once for each
-// kind of processor: all arithmetic is on vectors of eight floats, which the compiler maps to what the target has.
+// Decodes packed experts on the CPU in float32: products with a few vectors, and whole rows. Compiled by build.py, once
+// for each kind of processor: all arithmetic is on vectors of eight floats, which the compiler maps to what the target has.
 //
 // Weights come in chunks of eight of a row: one codeword of 8, two of 4 or four of 2, a table load each; signs are one
 // exclusive or with a mask from a table of all bytes. Chunks of several rows share the loads of x, and a chunk is
@@ -9,27 +9,18 @@
 // A trellis code has a lookup for every weight, which no register holds. One lookup here gives the values of two rows
 // at once: their states overlap in all but `bits` bits, and a table of 2^(12 + bits) pairs of 16-bit floats is 32 KiB
 // for 1 bit and 64 KiB for 2. Eight rows of a column are four lookups and a conversion.
-#include <cstdint>
-#include <cstring>
-#include <vector>
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
 
+#include "packed.h"
+#include "vectors.h"
+
 namespace {
 
-typedef float Floats __attribute__((vector_size(32), may_alias));
-typedef int32_t Ints __attribute__((vector_size(32)));
 typedef float Half __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(16)));
+typedef uint32_t Halves __attribute__((vector_size(16)));  // pairs of 16-bit floats
 typedef uint64_t Pairs __attribute__((vector_size(32)));
-
-template <class V>
-inline V load(const void* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
 
 inline Floats& accumulator(float* p) { return *(Floats*)p; }  // p at a multiple of 32 bytes
 
@@ -42,21 +33,6 @@ struct Signs {
     }
 };
 constexpr Signs SIGNS;
-
-template <bool WIDE>
-inline int code(const uint8_t* plane, long v, long plane_bytes) {
-    int c = plane[v];
-    if (WIDE) c |= ((plane[plane_bytes + v / 2] >> (4 * (v & 1))) & 15) << 8;
-    return c;
-}
-
-struct Format {
-    long rows, vectors, plane, row_bytes, codewords, stages, groups;
-    bool signs;
-    template <bool WIDE>
-    long stage_bytes() const { return WIDE ? plane + plane / 2 : plane; }
-    long tables() const { return 1 + (stages - 1) * groups; }
-};
 
 // One expert: its codes, codebook and, with several groups, the group of each codeword of stage 0.
 struct Expert {
@@ -80,7 +56,7 @@ inline Floats join(const float* const* codewords) {
 
 // The codeword of stage s of vector v of a row whose first code there is `first`.
 template <int D, bool WIDE>
-inline const float* codeword(const Format& f, const Expert& e, const uint8_t* row, long v, long s, int first) {
+inline const float* codeword(const Format& f, const Expert& e, const uint8_t* row, long v, long s, long first) {
     const long group = f.groups > 1 ? e.groups[first] : 0, table = 1 + (s - 1) * f.groups + group;
     return e.table + (table * f.codewords + code<WIDE>(row + s * f.stage_bytes<WIDE>(), v, f.plane)) * D;
 }
@@ -89,7 +65,7 @@ inline const float* codeword(const Format& f, const Expert& e, const uint8_t* ro
 template <int D, bool WIDE, Kind KIND>
 inline Floats chunk(const Format& f, const Expert& e, const uint8_t* row, long c) {
     const int parts = 8 / D;
-    int first[parts];
+    long first[parts];
     const float* found[parts];
     for (int i = 0; i < parts; i++) {
         first[i] = code<WIDE>(row, c * parts + i, f.plane);
@@ -110,7 +86,7 @@ template <int D, bool WIDE, Kind KIND>
 inline int remainder(const Format& f, const Expert& e, const uint8_t* row, float* weights) {
     int count = 0;
     for (long v = f.vectors * D / 8 * 8 / D; v < f.vectors; v++) {
-        const int first = code<WIDE>(row, v, f.plane);
+        const long first = code<WIDE>(row, v, f.plane);
         for (int i = 0; i < D; i++, count++) {
             weights[count] = e.table[first * D + i];
             for (long s = 1; KIND == SUM && s < f.stages; s++)
@@ -170,29 +146,6 @@ void run_rows(long tokens, const Format& f, const Expert& e, const float* const*
     else if constexpr (TOKENS > 1) run_rows<D, WIDE, TOKENS - 1>(tokens, f, e, x, first, last, out);
 }
 
-// Runs of up to MOST pairs of one expert, so that they share its decoding. Pairs are sorted by expert.
-const int MOST = 4;
-
-struct Run {
-    long expert, first, tokens;
-    const float* inputs[MOST];
-    float* outputs[MOST];
-};
-
-std::vector<Run> runs_of(const int64_t* experts, long pairs, const float* x, const int64_t* rows_of_x, long columns,
-                         float* out, long rows) {
-    std::vector<Run> runs;
-    for (long p = 0; p < pairs;) {
-        Run run = {experts[p], p, 0, {}, {}};
-        for (; run.tokens < MOST && p < pairs && experts[p] == run.expert; p++, run.tokens++) {
-            run.inputs[run.tokens] = x + rows_of_x[p] * columns;
-            run.outputs[run.tokens] = out + p * rows;
-        }
-        runs.push_back(run);
-    }
-    return runs;
-}
-
 // A group without tables would be read past them.
 bool groups_exist(const Format& f, const uint8_t* groups, long books) {
     bool exist = true;
@@ -201,11 +154,11 @@ bool groups_exist(const Format& f, const uint8_t* groups, long books) {
 }
 
 template <int D, bool WIDE>
-void all_products(const Format& f, const Expert& bank, const std::vector<Run>& runs, bool per_expert, long threads) {
+void all_products(const Format& f, const Expert& bank, const std::vector<Run<const float*>>& runs, bool per_expert, long threads) {
     const long block = 32, blocks = (f.rows + block - 1) / block, count = (long)runs.size() * blocks;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < count; i++) {
-        const Run& run = runs[i / blocks];
+        const Run<const float*>& run = runs[i / blocks];
         const long e = run.expert, book = per_expert ? e : 0, first = i % blocks * block;
         const long last = first + block < f.rows ? first + block : f.rows;
         const Expert expert = {bank.codes + e * f.rows * f.row_bytes,
@@ -256,7 +209,7 @@ struct Stream {
 };
 
 // Eight pairs of 16-bit floats hold rows 8 g .. 8 g + 7: normal numbers, as all levels of a trellis code are.
-inline Floats widen(Words pairs) {
+inline Floats widen(Halves pairs) {
 #ifdef __F16C__
     return (Floats)_mm256_cvtph_ps((__m128i)pairs);
 #else
@@ -271,7 +224,7 @@ template <int BITS>
 inline Floats values(const uint8_t* stream, long group, const uint32_t* pairs) {
     const int mask = (1 << (12 + BITS)) - 1;
     const uint64_t word = load<uint64_t>(stream + group * BITS);
-    return widen(Words{pairs[word & mask], pairs[word >> 2 * BITS & mask], pairs[word >> 4 * BITS & mask],
+    return widen(Halves{pairs[word & mask], pairs[word >> 2 * BITS & mask], pairs[word >> 4 * BITS & mask],
                        pairs[word >> 6 * BITS & mask]});
 }
 
@@ -305,13 +258,13 @@ void trellis_run(long tokens, const uint8_t* codes, const uint32_t* pairs, const
 }
 
 template <int BITS>
-void trellis_all_products(const uint8_t* codes, const uint32_t* pairs, const std::vector<Run>& runs, long rows,
+void trellis_all_products(const uint8_t* codes, const uint32_t* pairs, const std::vector<Run<const float*>>& runs, long rows,
                           long columns, long threads) {
     const long blocks = (rows + TRELLIS_BLOCK - 1) / TRELLIS_BLOCK, count = (long)runs.size() * blocks;
     const long bytes = rows * BITS / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < count; i++) {
-        const Run& run = runs[i / blocks];
+        const Run<const float*>& run = runs[i / blocks];
         const long first = i % blocks * TRELLIS_BLOCK;
         const long last = first + TRELLIS_BLOCK < rows ? first + TRELLIS_BLOCK : rows;
         alignas(32) float sums[MOST * TRELLIS_BLOCK] = {};
@@ -362,7 +315,8 @@ extern "C" int kbvq_products(const uint8_t* codes, const float* table, const uin
     const Format f = {rows, vectors, plane, row_bytes, codewords, stages, num_groups, signs != 0};
     if (!groups_exist(f, groups, books)) return 1;
     const Expert bank = {codes, table, groups};
-    const std::vector<Run> runs = runs_of(experts, pairs, x, rows_of_x, vectors * dim, out, rows);
+    const auto input = [&](long row) { return x + row * vectors * dim; };
+    const auto runs = runs_of<const float*>(experts, pairs, rows_of_x, input, out, rows);
     DISPATCH(all_products, f, bank, runs, books > 1, threads)
     return 0;
 }
@@ -382,7 +336,8 @@ extern "C" int kbvq_decode(const uint8_t* codes, const float* table, const uint8
 extern "C" void kbvq_trellis_products(const uint8_t* codes, const uint32_t* pairs, const float* x,
                                       const int64_t* rows_of_x, const int64_t* experts, float* out, long num_pairs,
                                       long rows, long columns, long bits, long threads) {
-    const std::vector<Run> runs = runs_of(experts, num_pairs, x, rows_of_x, columns, out, rows);
+    const auto input = [&](long row) { return x + row * columns; };
+    const auto runs = runs_of<const float*>(experts, num_pairs, rows_of_x, input, out, rows);
     DISPATCH_BITS(trellis_all_products, codes, pairs, runs, rows, columns, threads)
 }
 

@@ -5,29 +5,10 @@
 // m·(S G S) m − 2 (S G t)·m, and the first term depends on the signs and the codeword alone: it is tabulated once for a
 // group, [2^(D−1) signs up to a common one, codewords], so that a codeword costs a row D multiply-adds and an addition.
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-namespace {
-
-constexpr long kLanes = 8;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-inline Floats load(const float* p) {
-    Floats v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-inline Floats all(float x) { return Floats{x, x, x, x, x, x, x, x}; }
-inline Ints all(int32_t x) { return Ints{x, x, x, x, x, x, x, x}; }
-
-}  // namespace
+#include "vectors.h"
 
 // One block of channels of every expert; see feedback_block of encode.py.
 struct KbvqBlock {

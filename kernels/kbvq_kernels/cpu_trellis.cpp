@@ -9,8 +9,6 @@
 // minimum, which makes costs two to four bits shorter, and is kept for the way back in `bits` bits (3: 4).
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <deque>
 #include <memory>
 #include <vector>
@@ -18,6 +16,8 @@
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
+
+#include "vectors.h"
 
 // A block of channels of every expert, coded column by column down its rows; see trellis_block of encode.py.
 struct KbvqTrellisBlock {
@@ -35,7 +35,6 @@ struct KbvqTrellisBlock {
 
 namespace {
 
-constexpr long kLanes = 8;
 // Values of a part: a sequence of several is searched in parts, between states that the values around them decide. That
 // costs what a seam costs, spread over so many values, and gives several threads something to do.
 constexpr long kPart = 2048;
@@ -43,20 +42,6 @@ constexpr long kPart = 2048;
 // reached, however the path began: a window has at most 16 codes.
 constexpr long kRestart = 16;
 constexpr float kNever = 1e37f;  // cost of starting in a group that the seam excludes
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-
-inline Floats load(const float* p) {
-    Floats v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-inline Floats all(float x) { return Floats{x, x, x, x, x, x, x, x}; }
 
 // Lane by lane the lesser of two costs.
 inline Ints least(Ints a, Ints b) {

@@ -105,12 +105,13 @@ class PreparedProjection:
     codes: uint8 [E, N, row_bytes]; per stage `plane` low bytes, then for 12-bit codes `plane / 2` bytes of
         nibbles; then for signed codes `plane * vector_dim / 8` bytes of signs. `plane` is the number of vectors
         rounded up so that every plane starts at a multiple of 16 bytes. Trellis: [E, K, N * bits / 8], as stored.
-    table: codewords [1 or E, num_tables, codebook_size, vector_dim]; on CPU float32; on CUDA bfloat16 or float16, the
+    table: codewords [1 or E, num_tables, codebook_size, vector_dim]; on CPU float32; on CUDA bfloat16 or float16; the
         integers themselves where they are stored in int8. Trellis: the value of each state, [1, 1, 4096, 1].
     words: what the kernels look up on CUDA, made by `table_words`: int32 or int64 [1 or E, num_tables, words per
-        codeword, codebook_size]; trellis: its 256 levels, each as two equal 16-bit floats, int32 [256]. On CPU None;
-        trellis: the values of rows n and n + 1, as 16-bit floats, low half first, for each window of 12 + bits bits
-        that their states share, int32 [2^(12 + bits)].
+        codeword, codebook_size]; trellis: its 256 levels, each as two equal 16-bit floats, int32 [256]. On CPU the
+        int8 codewords themselves where there is one stage of them, else None; trellis: the values of rows n and n + 1,
+        as 16-bit floats, low half first, for each window of 12 + bits bits that their states share, int32
+        [2^(12 + bits)].
     groups: uint8 [1 or E, codebook_size], the group of each codeword of stage 0, or None.
     scale: [E, N] float16, or float32 where the scale of an int8 table is part of it, or None. bias: float16 or None.
     basis: [rank, K], coefficients: [E, N, rank], both float16 or both int8, or None.
@@ -357,13 +358,14 @@ def prepare(
         table = stored["codebook"]
         if codebook_dtype == "float16":
             table = table.to(word)
-        elif on_cpu:
-            table = table.float() * stored["codebook_scale"].float()[..., None, None]
         else:
             moved = stored["codebook_scale"], codes.shape[:2], scale, factor_scale, rank
             scale, factor_scale, relative = _moved_scales(*moved)
             table = (table * relative[..., None, None]).to(word)
-        words = None if on_cpu else table_words(table)
+        if not on_cpu:
+            words = table_words(table)
+        else:
+            words = stored["codebook"] if codebook_dtype == "int8" and num_stages == 1 else None
     return PreparedProjection(
         codes,
         table,

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from packed_case import random_projection, random_routing, stored_weights
 
 import kbvq_kernels
@@ -24,6 +25,9 @@ FORMATS = {
     "rq3-d2": {"vector_dim": 2, "num_stages": 3, "has_scale": False},
     "signed-d8-int8": {"signed": True, "vector_dim": 8, "codebook_dtype": "int8", "rank": 3},
     "signed-d4-int8": {"signed": True, "vector_dim": 4, "codebook_dtype": "int8", "per_expert": True},
+    "vq-d4-int8": {"vector_dim": 4, "codebook_dtype": "int8", "rank": 2},
+    "vq-d2-int8": {"vector_dim": 2, "codebook_dtype": "int8", "per_expert": True},
+    "vq-d4-12bit-int8": {"vector_dim": 4, "codebook_size": 4096, "codebook_dtype": "int8"},
     "signed-d8": {"signed": True, "vector_dim": 8},
     "rq2-d8-int8": {"vector_dim": 8, "num_stages": 2, "codebook_dtype": "int8", "has_scale": False, "rank": 2},
     "rq-grouped3-d8-int8": {
@@ -75,11 +79,64 @@ def error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
+INTEGER = ("signed-d8-int8", "signed-d4-int8", "vq-d4-int8", "vq-d2-int8", "vq-d4-12bit-int8", "trellis")
+"""Beginnings of the formats that a few tokens in 16 bits, rounded to 8, meet in integers."""
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 17])  # 17: more tokens per expert than are multiplied while decoding
 @pytest.mark.parametrize("name", FORMATS)
 def test_moe_equals_reference(decoder, name, num_tokens):
     arguments, expected = moe_case(FORMATS[name], num_tokens)
     assert error(kbvq_kernels.moe_forward(*arguments), expected) < 1e-6  # float32 sums of at most 56 terms
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(INTEGER)])
+def test_moe_in_integers_equals_reference(name):
+    arguments, expected = moe_case(FORMATS[name], 3, dtype=torch.bfloat16)
+    # 0.6 % of the inputs of each of three products, 0.7 % of the levels of a trellis code; few terms to average them
+    assert 1e-3 < error(kbvq_kernels.moe_forward(*arguments), expected) < 4e-2
+
+
+def rounded_to_8_bits(x, block=64):
+    """Rows in blocks of channels, each value a multiple of the block's largest over 127, float64."""
+    blocks = F.pad(x, (0, -x.shape[1] % block)).unflatten(1, (-1, block))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    values = (blocks * (127 / largest)).round().double() * (largest / 127).double()
+    return values.flatten(1)[:, : x.shape[1]]
+
+
+def integer_weights(tensors, fields):
+    """Stored weights, float64; of a trellis code with its levels in 127ths of the largest."""
+    if fields["codebook"] != "trellis":
+        return reference.dequantize(tensors, **fields)
+    bits = fields["codebook_size"].bit_length() - 1
+    codewords = reference.trellis_codewords(bits).double()
+    unit = codewords.abs().max() / 127
+    values = ((codewords / unit).round() * unit)[reference.trellis_states(tensors["codes"], bits)]
+    return values.transpose(1, 2) * tensors["scale"].double()[..., None]
+
+
+@pytest.mark.parametrize("in_features", [24, 160, 200])  # less than a block; half a block and some weights left over
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(INTEGER)])
+def test_integer_products_are_exact_but_for_the_rounding_of_x(name, in_features):
+    """Runs of 1 to 4 tokens and more, rows that fill no tile and several."""
+    tensors, fields = random_projection(3, 544, in_features, **FORMATS[name] | {"rank": 0})
+    tensors.pop("bias", None)
+    prepared, weights = prepare(tensors, **fields), integer_weights(tensors, fields)
+    experts = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2])
+    rows = torch.tensor([4, 1, 2, 3, 0, 1, 2, 4, 0, 3])
+    x = torch.randn(5, in_features, generator=torch.Generator().manual_seed(4))
+    expected = torch.einsum("pnk,pk->pn", weights[experts], rounded_to_8_bits(x)[rows])
+    assert error(cpu._decode_products(x, rows, experts, prepared, integers=True), expected) < 1e-6
+
+
+def test_what_is_not_finite_is_not_lost_in_rounding():
+    tensors, fields = random_projection(1, 16, 128, codebook="trellis", codebook_size=4)
+    x = torch.zeros(3, 128)
+    x[0, 70], x[1, 3] = torch.inf, torch.nan
+    places = torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    out = cpu._decode_products(x, *places, prepare(tensors, **fields), integers=True)
+    assert out[:2].isnan().all() and torch.equal(out[2], tensors["bias"][0].float())
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
