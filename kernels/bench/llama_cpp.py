@@ -5,7 +5,8 @@
 
 (Its source is in the sdist of llama-cpp-python.) llama.cpp runs gate, up and down by `ggml_mul_mat_id` and SwiGLU
 on its own quantized types; bfloat16 is `F.grouped_mm` with transformers' sorting. All take the same routing; the calls
-are taken in turn. Prints for each medians of milliseconds, bits a weight with all that is stored, the speed at which
+are taken in turn. Prints for each the least milliseconds of many calls (of one thread those that the processor worked
+for it, so that other work on the machine counts for little), bits a weight with all that is stored, the speed at which
 the weights of the experts that were hit went by in GB/s, and its share of a copy's bandwidth in the same run.
 """
 
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["Qwen3-30B-A3B", "Mixtral-8x7B"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--experts", type=int, default=128, help="at most so many a layer, to bound memory")
     parser.add_argument("--only", nargs="+", default=[], help="names that are measured, of kbvq's, llama.cpp's or bf16")
     options = parser.parse_args()
@@ -118,7 +119,7 @@ def measure(shape: ExpertShape, driver: ctypes.CDLL, options: argparse.Namespace
     dense = bfloat16_experts(shape) if "bf16" in wanted else None
     for threads in options.threads:
         torch.set_num_threads(threads)
-        bandwidth = copy_bandwidth()
+        bandwidth, clock = copy_bandwidth(), time.thread_time if threads == 1 else time.perf_counter
         for tokens in options.tokens:
             x = torch.randn(tokens, shape.hidden)
             index, weights = random_routing(shape, tokens)
@@ -139,7 +140,7 @@ def measure(shape: ExpertShape, driver: ctypes.CDLL, options: argparse.Namespace
             for call in calls.values():
                 call()
             hit = index.unique().numel() * shape.weights_per_expert
-            times = milliseconds(tuple(calls.values()), options.repeats)
+            times = milliseconds(tuple(calls.values()), options.repeats, min, clock)
             for name, spent in zip(calls, times, strict=True):
                 speed = hit * bits[name] / 8 / spent / 1e6
                 row = shape.name, threads, tokens, name, f"{bits[name]:.2f}", f"{spent:.2f}", f"{speed:.2f}"

@@ -83,8 +83,6 @@ def slower_than_bf16(
     On CUDA from the ceilings in README.md, which were computed, not timed; on CPU from timings there.
     """
     if device_type == "cpu":
-        if codebook == "trellis":
-            return "a trellis code costs one table lookup and a window of bits per weight"
         if num_stages > 1 and num_groups > _CACHED_GROUPS:
             return f"tables of {num_groups * codebook_size} codewords are more than the cache of a core"
         return None
