@@ -275,7 +275,7 @@ _FAST: dict[str, object] = {
     "codebook_dtype": "int8",
     "error_feedback": True,
     "refits": 1,
-    "damping": 0.01,
+    "damping": 0.003,
     "routing_weighted": True,
     "matching": True,
     "kmeans_iterations": 20,
