@@ -185,7 +185,7 @@ def measure_bank(bank: Bank, recipe: Recipe, bits: int, experts: int, tokens: in
         weights = 0.02 * heavy_tailed(experts, out_features, in_features, generator=generator)
         basis = seconds["basis"]
         with timed(seconds, "probe"), stage_times(seconds):
-            law = noise_law(weights, moments, recipe, probed_rates(bits))
+            law = noise_law(weights, moments, recipe, probed_rates(recipe))
             white = law.white(generator)
             for rate in law.deviations:
                 law.noise(white, rate)
