@@ -258,18 +258,19 @@ def main() -> None:
     original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     baseline = BaselineCache.of_model(original, windows.tokens)
     results = []
-    if options.output.exists() and not options.fresh:
+    if options.output.exists():
         results = json.loads(options.output.read_text(encoding="utf-8"))["results"]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for bits in options.bits:
             for row in rows(bits):
-                known = any(
-                    (r["bits"], r["label"], r["seed"], r["text"]) == (bits, row.label, seed, options.text)
-                    for r in results
-                )
-                if known or (options.only and row.label not in options.only):
+                if options.only and row.label not in options.only:
                     continue
+                place = (bits, row.label, seed, options.text)
+                others = [r for r in results if (r["bits"], r["label"], r["seed"], r["text"]) != place]
+                if len(others) < len(results) and not options.fresh:
+                    continue
+                results = others
                 measured = measure(row, bits, seed, options.text, baseline)
                 results.append(measured)
                 order = {(b, r.label): place for b in options.bits for place, r in enumerate(rows(b))}
