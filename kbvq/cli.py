@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import kbvq
 from kbvq.errors import ConfigError, KbvqError
 from kbvq.models.calibration_text import DEFAULT_CALIBRATION
+from kbvq.models.ranks import launched_index
 from kbvq.quantization.pipeline import QuantizeOptions, dry_run, quantize_model
 from kbvq.recipes import CODES, DENSE_BITS, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
 from kbvq.reporting import write_documents
@@ -200,7 +200,7 @@ def _quantize(options: argparse.Namespace) -> None:
         print("\n".join(dry_run(wanted).lines()))
         return
     quantize_model(wanted, kbvq_version=kbvq.__version__)
-    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, one writes
+    if launched_index() == 0:  # of several processes of one run, one writes
         documents = write_documents(options.output)
         print(summary_text(read_run(options.output), options.output, documents, baseline=options.model))
 

@@ -285,6 +285,13 @@ class PackedProjection:
                     f"{spec.shape} {spec.dtype}"
                 )
 
+    @classmethod
+    def from_tensors(
+        cls, format: ProjectionFormat, path: str, projection: str, tensors: Mapping[str, Tensor]
+    ) -> PackedProjection:
+        """The projection of that name of the module at `path`, from the tensors of a checkpoint."""
+        return cls(format, {name: tensors[tensor_name(path, projection, name)] for name in format.tensors()})
+
     def to(self, device: torch.device | str) -> PackedProjection:
         """The same projection with its tensors on `device`."""
         return PackedProjection(self.format, {name: tensor.to(device) for name, tensor in self.tensors.items()})
@@ -364,6 +371,15 @@ class PackedBank:
             for name, tensor in getattr(self, projection).tensors.items()
         }
 
+    @classmethod
+    def from_tensors(cls, format: BankFormat, tensors: Mapping[str, Tensor]) -> PackedBank:
+        """Inverse of `state_dict`, from the tensors of many banks."""
+        packed = {
+            projection: PackedProjection.from_tensors(getattr(format, projection), format.path, projection, tensors)
+            for projection in PROJECTIONS
+        }
+        return cls(format.path, format.kind, **packed)
+
 
 @dataclass(frozen=True)
 class MatrixFormat:
@@ -428,9 +444,7 @@ class PackedMatrix:
     @classmethod
     def from_tensors(cls, format: MatrixFormat, tensors: Mapping[str, Tensor]) -> PackedMatrix:
         """Inverse of `state_dict`, from the tensors of many matrices."""
-        names = format.weight.tensors()
-        own = {name: tensors[tensor_name(format.path, WEIGHT, name)] for name in names}
-        return cls(format, PackedProjection(format.weight, own))
+        return cls(format, PackedProjection.from_tensors(format.weight, format.path, WEIGHT, tensors))
 
 
 def buffer_name(projection: str, name: str) -> str:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import kbvq
-from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
+from kbvq.quantization.pipeline import QuantizeOptions, Run, quantize_model
+from kbvq.quantization.stages import Carry, Step
 from kbvq.recipes import Recipe, make_recipe
 
 
@@ -28,3 +30,20 @@ def quantize(model: Path, output: Path, text: Path, recipe: Recipe | None = None
         "device": "cpu",
     }
     return quantize_model(QuantizeOptions(**(options | changes)), kbvq_version=kbvq.__version__)
+
+
+class Stop(BaseException):
+    """What a crash looks like to everything that catches errors."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: str, number: int = 0) -> None:
+    """Let a run crash in this step, once it has done its work but before that is kept."""
+    original = getattr(Run, step)
+
+    def crash(self: Run, index: int, carry: Carry) -> Step:
+        result = original(self, index, carry)
+        if index == number:
+            raise Stop
+        return result
+
+    monkeypatch.setattr(Run, step, crash)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from quantizing import quantize
+from quantizing import Stop, interrupt, quantize
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, tiny_model
 from torch import nn
@@ -16,7 +16,7 @@ from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import CheckpointError, ConfigError
 from kbvq.models.dense_parts import find_dense_parts
 from kbvq.models.moe_adapters import find_expert_banks
-from kbvq.quantization.pipeline import QuantizeOptions, Run, dry_run
+from kbvq.quantization.pipeline import QuantizeOptions, dry_run
 from kbvq.recipes import make_recipe
 from kbvq.serving.packed_experts import PackedBankModule
 from kbvq.serving.packed_matrix import PackedEmbedding, PackedLinear, TiedHead
@@ -146,24 +146,12 @@ def test_a_packed_model_compiles_into_one_graph(tied):
     assert torch.equal(logits(torch.compile(loaded, fullgraph=True, backend="aot_eager")), expected)
 
 
-class Stop(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("step", "number"), [("quantize", 1), ("quantize_head", 0)])
 def test_a_run_that_is_interrupted_gives_the_same_files(tmp_path, text, monkeypatch, step, number):
     save_tiny_model(tmp_path / "model", "mixtral")
     expected = quantize(tmp_path / "model", tmp_path / "undisturbed", text, recipe(8), samples=4)
-    original = getattr(Run, step)
-
-    def crash(self, index, carry):
-        result = original(self, index, carry)
-        if index == number:
-            raise Stop
-        return result
-
     with monkeypatch.context() as patch:
-        patch.setattr(Run, step, crash)
+        interrupt(patch, step, number)
         with pytest.raises(Stop):
             quantize(tmp_path / "model", tmp_path / "out", text, recipe(8), samples=4)
     with pytest.raises(CheckpointError, match="recipe.dense_bits was 8 and is 4"):

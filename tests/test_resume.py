@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantizing import quantize
+from quantizing import Stop, interrupt, quantize
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 
@@ -32,23 +32,6 @@ def test_killed_twenty_times_a_run_gives_the_same_files(tmp_path):
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout.splitlines()[-1])[0]
     assert row["kills"] >= 20 and row["places"]["inside a write"] > 0 and row["places"]["at a random time"] > 0
-
-
-class Stop(BaseException):
-    """What a crash looks like to everything that catches errors."""
-
-
-def interrupt(monkeypatch, step, number=0):
-    """Let a run crash in this step, once it has done its work but before that is kept."""
-    original = getattr(Run, step)
-
-    def crash(self, index, carry):
-        result = original(self, index, carry)
-        if index == number:
-            raise Stop
-        return result
-
-    monkeypatch.setattr(Run, step, crash)
 
 
 def start(tmp_path, text, recipe=None, **changes):

@@ -154,7 +154,7 @@ class TableCodebook:
             cells.append((book * tables + table) * size + codes[stage])
         return cells
 
-    def refit(self, first_expert: int = 0) -> TableRefit:
+    def refit(self, first_expert: int = 0) -> Refit:
         return TableRefit(self)
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class NetworkCodebook(TableCodebook):
         super().__init__(expanded, table_values(tensors), tensors["groups"].long())
         self.network, self.network_format, self.stored = network, format, stored
 
-    def refit(self, first_expert: int = 0) -> NetworkRefit:  # type: ignore[override]
+    def refit(self, first_expert: int = 0) -> NetworkRefit:
         return NetworkRefit(self, first_expert)
 
 
@@ -232,7 +232,7 @@ class NetworkRefit:
         places = -(-total // self.stride)
         vectors, metric = (codebook.tables.new_zeros(places, *shape) for shape in ((dim,), (dim, dim)))
         codes = torch.zeros(places, format.num_stages, dtype=torch.int64, device=vectors.device)
-        self.sums = vectors, codes, metric
+        self.sums: tuple[Tensor, ...] = vectors, codes, metric
 
     def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None:
         rows, num_experts = mass.shape[1], self.codebook.network_format.num_experts

@@ -6,9 +6,13 @@ other terms are zeros. `models.ranks.Ranks` is such a team.
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class Team(Protocol):
@@ -32,6 +36,12 @@ class Alone:
 
 
 ALONE = Alone()
+
+
+def sum_fields_(team: Team, *gathered: DataclassInstance) -> None:
+    """Add up dataclasses of nothing but sums over all processes, in place."""
+    for sums in gathered:
+        team.sum_(*(getattr(sums, field.name) for field in dataclasses.fields(sums)))
 
 
 def gather(team: Team, own: Tensor, total: int) -> Tensor:

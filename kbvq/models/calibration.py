@@ -6,9 +6,9 @@ by projection, the quantized ones (the student), with the moments of the inputs 
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kbvq.codes.packing import dequantize_expert, expand
 from kbvq.errors import UnsupportedModelError
+from kbvq.method.team import sum_fields_
 from kbvq.models.expert_forward import ExpertWeights, Gating, Observer, fill_routing, run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank, read_experts
 from kbvq.models.ranks import ONE, Ranks
@@ -231,9 +232,7 @@ class LayerRunner:
 
     def parts(self, windows: int) -> Iterator[slice]:
         """The batches of this rank's share of so many windows."""
-        batches = range(0, windows, self.batch_size)
-        for start in (batches[number] for number in self.ranks.share(len(batches))):
-            yield slice(start, start + self.batch_size)
+        return self.ranks.batches(windows, self.batch_size)
 
     def batch(self, hidden_states: Tensor) -> Tensor:
         """Output for a batch of at most `batch_size` windows, on `device`; differentiable."""
@@ -265,11 +264,13 @@ def run_and_watch(
     projections: tuple[str, ...],
     *,
     by_routing: bool,
+    after: AfterBatch | None = None,
 ) -> tuple[Tensor, dict[ExpertBank, dict[str, InputMoments]]]:
-    """The layer's outputs, and the moments of the inputs of these projections by bank, of the windows of all ranks."""
+    """The layer's outputs, and the moments of the inputs of these projections by bank, of the windows of all ranks.
+    after: as of LayerRunner."""
     for module in observed.values():
         module.watch_(*projections, by_routing=by_routing)
-    outputs = run(hidden_states)
+    outputs = run(hidden_states, after)
     return outputs, _moments(run.ranks, observed)
 
 
@@ -288,13 +289,22 @@ def run_and_keep(
         for bank, module in observed.items():
             kept[bank][part] = module.recorded.inputs.view_as(outputs).cpu()
 
-    for module in observed.values():
-        module.watch_(*projections, by_routing=by_routing)
+    with recording(observed.values()):
+        outputs, moments = run_and_watch(run, hidden_states, observed, projections, by_routing=by_routing, after=keep)
+    return outputs, moments, kept
+
+
+@contextmanager
+def recording(modules: Iterable[ObservedBank]) -> Iterator[None]:
+    """Inside the block each forward pass of these banks is left in `recorded`."""
+    modules = list(modules)
+    for module in modules:
         module.recording = True
-    outputs = run(hidden_states, keep)
-    for module in observed.values():
-        module.recording, module.recorded = False, None
-    return outputs, _moments(run.ranks, observed), kept
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.recording, module.recorded = False, None
 
 
 def watch_inputs(
@@ -362,5 +372,5 @@ def _moments(ranks: Ranks, observed: Mapping[ExpertBank, ObservedBank]) -> dict[
     for module in observed.values():
         ranks.max_(module.peaks)
         for moments in module.moments.values():
-            ranks.sum_(*(getattr(moments, field.name) for field in dataclasses.fields(moments)))
+            sum_fields_(ranks, moments)
     return {bank: module.moments for bank, module in observed.items()}

@@ -40,13 +40,23 @@ class DenseParts:
         return [format for format in self.formats if self.decoder_layers.get(format.path) == index]
 
     @property
+    def inside(self) -> list[MatrixFormat]:
+        """Those in decoder layers."""
+        return [format for format in self.formats if format.path in self.decoder_layers]
+
+    @property
+    def ends(self) -> list[MatrixFormat]:
+        """The embedding and the head, as far as they are packed."""
+        return [format for format in self.formats if format.path not in self.decoder_layers]
+
+    @property
     def embedding(self) -> MatrixFormat | None:
-        return next((format for format in self.formats if format.kind == "embedding"), None)
+        return next((format for format in self.ends if format.kind == "embedding"), None)
 
     @property
     def head(self) -> MatrixFormat | None:
         """The head, where it is packed for itself."""
-        return next((f for f in self.formats if f.kind == "linear" and f.path not in self.decoder_layers), None)
+        return next((format for format in self.ends if format.kind == "linear"), None)
 
 
 NOTHING = DenseParts([], {}, {})

@@ -38,6 +38,12 @@ class Ranks:
         """What this process takes of so many windows or experts: a run of neighbours, as even as can be."""
         return range(self.index * total // self.count, (self.index + 1) * total // self.count)
 
+    def batches(self, windows: int, batch_size: int) -> Iterator[slice]:
+        """The batches of so many windows that this process runs."""
+        starts = range(0, windows, batch_size)
+        for number in self.share(len(starts)):
+            yield slice(starts[number], starts[number] + batch_size)
+
     def sum_(self, *tensors: Tensor) -> None:
         """Add these tensors up over all processes, in place; the result is the same everywhere."""
         if self.count > 1:
@@ -93,6 +99,11 @@ ONE = Ranks()
 def launched_ranks() -> int:
     """How many processes the launcher started, from the environment that torchrun and accelerate set."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_index() -> int:
+    """Which of them this process is, from 0."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def join_ranks(device: torch.device) -> Ranks:

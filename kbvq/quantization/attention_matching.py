@@ -10,14 +10,14 @@ for.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from kbvq.method.target_weights import TargetSums, goal_of
+from kbvq.method.team import sum_fields_
 from kbvq.models.calibration import LayerRunner
 from kbvq.structures import InputMoments
 
@@ -33,17 +33,25 @@ def output_projection(run: LayerRunner, hidden_states: Tensor) -> str | None:
     inputs = hidden_states[: run.batch_size].to(run.device)
     if inputs.dim() != 3:  # several residual streams
         return None
+    candidates = {
+        name: module
+        for name, module in run.layer.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == inputs.shape[-1]
+    }
+    if not candidates:
+        return None
+    kept: dict[str, list[Tensor]] = {name: [] for name in candidates}
+    with ExitStack() as hooks:
+        for name, module in candidates.items():
+            hooks.enter_context(_hooked(module, lambda _, __, output, name=name: kept[name].append(output)))
+        expected = run.batch(inputs)
     generator = torch.Generator().manual_seed(0)
-    for name, module in run.layer.named_modules():
-        if not isinstance(module, nn.Linear) or module.out_features != inputs.shape[-1]:
+    for name, module in candidates.items():
+        if len(kept[name]) != 1 or kept[name][0].shape != inputs.shape:
             continue
-        kept: list[Tensor] = []
-        with _hooked(module, lambda _, __, output, kept=kept: kept.append(output)):
-            expected = run.batch(inputs)
-        if len(kept) != 1 or kept[0].shape != inputs.shape:
-            continue
+        own = kept[name][0]
         offset = inputs.float().std() * torch.randn(inputs.shape, generator=generator).to(run.device)
-        fixed = (kept[0].float() + offset).to(kept[0].dtype)
+        fixed = (own.float() + offset).to(own.dtype)
         with _hooked(module, lambda _, __, ___, fixed=fixed: fixed):
             found = run.batch((inputs.float() - offset).to(inputs.dtype))
         missed = (found.float() - expected.float()).norm(dim=-1) / offset.norm(dim=-1)
@@ -77,8 +85,7 @@ def match_attention_(run: LayerRunner, teacher: Tensor, student: Tensor, weights
             0, inputs, torch.ones(len(inputs), device=run.device), token_weights=weights[part].flatten().to(run.device)
         )
         sums.add_(0, wanted.flatten(0, 1), inputs, mass)
-    for gathered in (moments, sums):
-        run.ranks.sum_(*(getattr(gathered, field.name) for field in dataclasses.fields(gathered)))
+    sum_fields_(run.ranks, moments, sums)
     fitted = goal_of(module.weight[None], sums, moments, prior_tokens=0.0).weights[0]
     module.weight.copy_(fitted)
     return {f"{path}.weight": module.weight.detach().cpu()}

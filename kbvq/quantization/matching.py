@@ -16,7 +16,6 @@ kept, so a weight by the inverse square, in which an error of all tokens would c
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kbvq.method.target_weights import TargetSums
-from kbvq.models.calibration import LayerRunner, ObservedBank
+from kbvq.method.team import sum_fields_
+from kbvq.models.calibration import LayerRunner, ObservedBank, recording
 from kbvq.models.expert_forward import run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.structures import PROJECTIONS, InputMoments
@@ -151,15 +151,10 @@ def _run(
 ) -> Matched:
     for module in observed.values():
         module.watch_()
-        module.recording = True
-    try:
+    with recording(observed.values()):
         run.watch(student, add)
-    finally:
-        for module in observed.values():
-            module.recording, module.recorded = False, None
     for moments, sums in matched.values():
-        for gathered in (moments, sums):
-            run.ranks.sum_(*(getattr(gathered, field.name) for field in dataclasses.fields(gathered)))
+        sum_fields_(run.ranks, moments, sums)
     return matched
 
 

@@ -62,9 +62,7 @@ from kbvq.structures import (
     BankFormat,
     PackedBank,
     PackedMatrix,
-    PackedProjection,
     ProjectionFormat,
-    tensor_name,
 )
 
 logger = logging.getLogger("kbvq")
@@ -188,7 +186,7 @@ class Run:
         bank; see sensitivity.
     formats: of all banks, once they are chosen. budget: the record of that choice.
     teacher, student: activations behind the layers quantized so far. layers: their records. further: the original's
-        activations of the windows that are for end-to-end tuning alone.
+        activations of the windows that are for end-to-end tuning alone, or None.
     shards: files of the checkpoint. waiting: files of layers that end-to-end tuning is still to change. embedding: file
     of the packed embedding, or None. matrices: the records of all packed matrices.
     """
@@ -232,8 +230,7 @@ class Run:
         self.ranks.first(stream.check_finite)
         embedded = packed_embedded = self.windows.embed()
         start: Carry = {"embedding": None, "matrices": [], "shards": [], "formats": self.formats}
-        if self.further is not None:
-            start["further"] = self.further.embed()
+        start["further"] = None if self.further is None else self.further.embed()
         packed: dict[str, Tensor] = {}
         if format is not None:
             name = f"{format.path}.{WEIGHT}"
@@ -248,7 +245,7 @@ class Run:
         if self.recipe.budget:
             start |= {"hidden": embedded, "disturbed": {}, "growth": {}, "bias_shares": {}, "peaks": {}}
         else:
-            start |= self._first_activations(start)
+            start |= self._first_activations(start["embedded"])
         return Step(start)
 
     def measure(self, index: int, carry: Carry) -> Step:
@@ -284,9 +281,9 @@ class Run:
         plan = budget_plan(stream.banks, self.recipe, sensitivities, carry["peaks"])
         counts = Counter(row["code_bits"] for row in plan.record["projections"])  # type: ignore[attr-defined]
         text = ", ".join(f"{n} projections with {bits} code bits" for bits, n in sorted(counts.items()))
-        kept = {name: carry[name] for name in ("embedding", "matrices", "shards")}
+        kept = {name: carry[name] for name in ("embedding", "further", "matrices", "shards")}
         chosen = {"formats": plan.formats, "budget": plan.record}
-        return Step(kept | chosen | self._first_activations(carry), text)
+        return Step(kept | chosen | self._first_activations(carry["embedded"]), text)
 
     def quantize(self, index: int, carry: Carry) -> Step:
         """Quantize the matrices and banks of a layer and carry both sets of activations on."""
@@ -358,7 +355,7 @@ class Run:
         waiting: dict[str, Tensor] = {}
         for file in carry["waiting"]:
             waiting |= load_file(self.work.path / file.name)
-        banks = [_bank_from_tensors(format, waiting) for format in carry["formats"]]
+        banks = [PackedBank.from_tensors(format, waiting) for format in carry["formats"]]
         dense = {name: waiting[name] for name in waiting.keys() - _packed_tensors(banks).keys()}
         if carry["embedding"] is not None:
             stored = load_file(self.work.path / carry["embedding"].name)
@@ -367,7 +364,7 @@ class Run:
         # On text that no layer was fitted to, where there is any: what was fitted to the other looks better than it is.
         fresh = self.further is not None
         token_ids, teacher = (self.further_ids, carry["further"]) if fresh else (self.token_ids, carry["teacher"])
-        inside = [format for format in self.parts.formats if format.path in self.parts.decoder_layers]
+        inside = self.parts.inside
         matrices: list[PackedMatrix] = []
         reports: list[dict[str, object]] = []
 
@@ -447,10 +444,9 @@ class Run:
             },
         )
 
-    def _first_activations(self, carry: Carry) -> Carry:
-        teacher, student = carry["embedded"]
-        started = {"teacher": teacher, "student": student, "layers": [], "waiting": []}
-        return started | {name: carry[name] for name in ("further",) if name in carry}
+    def _first_activations(self, embedded: tuple[Tensor, Tensor]) -> Carry:
+        teacher, student = embedded
+        return {"teacher": teacher, "student": student, "layers": [], "waiting": []}
 
     def _write_layer(
         self, index: int, packed: list[PackedBank | PackedMatrix], dense: Mapping[str, Tensor]
@@ -492,9 +488,7 @@ class Windows:
 
     def parts(self) -> Iterator[slice]:
         """The windows of each batch that this process runs."""
-        batches = range(0, len(self.token_ids), self.batch_size)
-        for start in (batches[number] for number in self.ranks.share(len(batches))):
-            yield slice(start, start + self.batch_size)
+        return self.ranks.batches(len(self.token_ids), self.batch_size)
 
     def runner(self, layer: nn.Module, index: int) -> LayerRunner:
         """Decoder layer `index` as a function of the activations of all windows."""
@@ -589,18 +583,3 @@ def _bits(num_bytes: list[int], formats: list[BankFormat]) -> float:
 
 def _packed_tensors(packed: Iterable[PackedBank | PackedMatrix]) -> dict[str, Tensor]:
     return {name: tensor for part in packed for name, tensor in part.state_dict().items()}
-
-
-def _bank_from_tensors(format: BankFormat, tensors: dict[str, Tensor]) -> PackedBank:
-    """Inverse of `PackedBank.state_dict`, from the tensors of many banks."""
-    packed = {
-        projection: PackedProjection(
-            getattr(format, projection),
-            {
-                name: tensors[tensor_name(format.path, projection, name)]
-                for name in getattr(format, projection).tensors()
-            },
-        )
-        for projection in PROJECTIONS
-    }
-    return PackedBank(format.path, format.kind, **packed)

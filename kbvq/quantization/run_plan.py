@@ -221,14 +221,14 @@ def peak_memory_bytes(
             held["disturbed activations"] = disturbed_bytes(stream, samples, sequence_length)
         if sum(held.values()) > sum(worst.values()):
             worst = held
-    if ends := [format for format in parts.formats if format.path not in parts.decoder_layers]:
+    if ends := parts.ends:
         weights = sum(format.weight.num_weights for format in ends)
         outer = {"program": _PROGRAM, "embedding and head": 3 * size * weights, "matrices": _dense_bytes(ends)}
         if sum(outer.values()) > sum(worst.values()):
             worst = outer
     if recipe.distillation_steps:
         tuned = _tuning_bytes(stream, recipe)
-        if inside := [format for format in parts.formats if format.path in parts.decoder_layers]:
+        if inside := parts.inside:
             tuned["matrices"] = _dense_bytes(inside)
         if sum(tuned.values()) > sum(worst.values()):
             worst = tuned
