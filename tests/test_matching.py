@@ -5,7 +5,7 @@ from stand_in_experts import StandInExperts
 from torch import nn
 from torch.nn.functional import silu
 
-from kbvq.models.calibration import LayerRunner, observe_banks, run_and_keep
+from kbvq.models.calibration import LayerRunner, observe_banks, run_and_keep, run_and_watch
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.quantization.matching import match_inputs, match_outputs, token_weights
 from kbvq.structures import PROJECTIONS
@@ -114,3 +114,14 @@ def test_a_layer_that_scales_its_experts_is_matched_without_the_residual(caplog)
 def test_large_tokens_weigh_less_and_small_ones_not_without_bound():
     outputs = torch.ones(1, 5, 4) * torch.tensor([1.0, 1.0, 1.0, 100.0, 1e-3])[None, :, None]
     torch.testing.assert_close(token_weights(outputs)[0], torch.tensor([1.0, 1.0, 1.0, 0.01, 10.0]))
+
+
+def test_moments_that_were_gathered_stay_as_they_are_when_the_layer_runs_again():
+    _, bank, run, teacher, student, observed, _, _, _ = setting()
+    with torch.no_grad():
+        _, moments = run_and_watch(run, teacher, observed, PROJECTIONS, by_routing=True)
+        before = {name: moments[bank][name].outer_sum.clone() for name in PROJECTIONS}
+        peaks = observed[bank].peaks.clone()
+        run.batch(10 * student[:2])
+    assert all(torch.equal(moments[bank][name].outer_sum, before[name]) for name in PROJECTIONS)
+    assert torch.equal(observed[bank].peaks, peaks)

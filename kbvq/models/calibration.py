@@ -373,4 +373,7 @@ def _moments(ranks: Ranks, observed: Mapping[ExpertBank, ObservedBank]) -> dict[
         ranks.max_(module.peaks)
         for moments in module.moments.values():
             sum_fields_(ranks, moments)
-    return {bank: module.moments for bank, module in observed.items()}
+    found = {bank: module.moments for bank, module in observed.items()}
+    for module in observed.values():
+        module.watch_()  # what is handed over does not change when the layer runs again
+    return found

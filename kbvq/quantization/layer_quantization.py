@@ -97,8 +97,6 @@ def quantize_layer(
     matrix_reports: list[dict[str, object]] = []
     if matrices:
         if not same_inputs:
-            for module in observed.values():
-                module.watch_()
             with linears:
                 run.watch(inputs)
         packed_matrices, matrix_reports = pack_linears_(linears, matrices, run.ranks, seed=seed)
@@ -170,8 +168,6 @@ def _tune(
     *,
     seed: int,
 ) -> dict[ExpertBank, dict[str, PackedProjection]]:
-    for module in observed.values():
-        module.watch_()
     tuned = tune_banks(
         {module: packed[bank] for bank, module in observed.items()},
         {module: moments[bank] for bank, module in observed.items()},

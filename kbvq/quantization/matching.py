@@ -149,8 +149,6 @@ def _run(
     matched: Matched,
     add: Callable[[slice, Tensor], None],
 ) -> Matched:
-    for module in observed.values():
-        module.watch_()
     with recording(observed.values()):
         run.watch(student, add)
     for moments, sums in matched.values():

@@ -134,8 +134,6 @@ def probe_layer(
         moments[bank]["down_proj"] = moments[bank]["down_proj"].reorder(order)
     peaks = {bank: module.peaks.cpu() for bank, module in observed.items()}
     generator = torch.Generator().manual_seed(seed)
-    for module in observed.values():
-        module.watch_()
     for probe, states in disturbed.items():
         disturbed[probe] = run.batch(states).cpu()
     growth, bias_shares = {}, {}
