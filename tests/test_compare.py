@@ -28,10 +28,11 @@ def test_one_table_and_one_picture_of_packed_and_dense_checkpoints(tmp_path, tex
     assert main(["compare", *folders, *rest, "--output", str(tmp_path / "out")]) == 0
     assert len(streamed) == 1, "the baseline is computed once for all"
     rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "comparison.json").read_text())}
-    assert rows["packed"]["bits"] == inspect_checkpoint(tmp_path / "packed")["bits_per_weight"]
-    assert rows["copy"]["bits"] == rows["other"]["bits"] == 32
+    assert rows["packed"]["size"]["bits"] == inspect_checkpoint(tmp_path / "packed")["bits_per_weight"]
+    assert rows["copy"]["size"]["bits"] == rows["other"]["size"]["model_bits"] == 32
+    assert [rows[name]["method"] for name in ("packed", "copy")] == ["kbvq", None]
     assert rows["copy"]["scores"]["kl"] == 0 < rows["packed"]["scores"]["kl"] < rows["other"]["scores"]["kl"]
-    assert rows["packed"]["file_bytes"] < rows["copy"]["file_bytes"]
+    assert rows["packed"]["size"]["num_bytes"] < rows["copy"]["size"]["num_bytes"]
     printed = capsys.readouterr().out
     assert printed.index("| copy |") < printed.index("| packed |") < printed.index("| other |")
     assert (tmp_path / "out" / "comparison.svg").read_text().count("<svg") == 1

@@ -1,37 +1,37 @@
 """Checkpoints side by side, ours and other tools': one table and one picture. `kbvq compare`.
 
-Each is loaded by its own loader, through transformers (the tool's package must be installed), and scored against the
-same predictions of one baseline, which are computed once. What is finished is kept in the output folder.
+Each is loaded by its own loader (loading.py; the tool's package must be installed, which is checked of all before the
+first is measured), and scored against the same predictions of one baseline, which are computed once. What is finished
+is kept in the output folder.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kbvq.errors import ConfigError
-from kbvq.storage.checkpoint import inspect_checkpoint, read_headers
+from kbvq.models.layer_stream import resolve_model_folder
+from kbvq_eval.loading import LoadedModel
 from kbvq_eval.parts import FinishedParts
-from kbvq_eval.run import LoadedModel, Measurement, is_packed
+from kbvq_eval.run import Measurement
+from kbvq_eval.stored import Size, size, stored
 from kbvq_eval.texts import load_text
-
-EXPERT_MARKS = (".experts.", ".shared_expert.", ".shared_experts.", ".block_sparse_moe.experts.")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One checkpoint. bits: true bits per expert weight, None where they cannot be counted. file_bytes:
-    of all its weights. scores: of `WindowScores.summary`."""
+    """One checkpoint. method: what quantized it, by its configuration, None for nothing. scores: of
+    `WindowScores.summary`."""
 
     name: str
-    bits: float | None
-    file_bytes: int | None
+    method: str | None
+    size: Size
     scores: dict[str, Any]
 
 
@@ -56,60 +56,52 @@ def compare(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     text = load_text(perplexity)
-    parts = FinishedParts(output / "parts")
-    weights = expert_bytes(Path(baseline))
-    rows = []
-    for model, name in zip(models, names, strict=True):
-        measured = Measurement(
-            model=LoadedModel(model, device, dtype),
-            baseline=LoadedModel(baseline, device, dtype),
+    folders = {model: _folder(model) for model in (baseline, *models)}
+    original = LoadedModel(baseline, device, dtype)
+    # All before the first is measured: each says what its loader lacks, and whether its vocabulary is the baseline's.
+    measurements = [
+        Measurement(
+            model=LoadedModel(model, device, dtype, vocabulary=original.tokenizer),
+            baseline=original,
             texts={text.name: text},
             window=window,
             tasks=None,
             limit=None,
             batch_size=batch_size,
             generation=False,
-        ).run(parts)
-        scores = measured["perplexity"][text.name]
-        bits = true_bits(Path(model), None if weights is None else weights[1])
-        rows.append(Compared(name, bits, measured["model"]["file_bytes"], scores))
+        )
+        for model in models
+    ]
+    parts = FinishedParts(output / "parts")
+    weights = stored(folders[baseline])
+    rows = []
+    for measurement, model, name in zip(measurements, models, names, strict=True):
+        scores = measurement.run(parts)["perplexity"][text.name]
+        rows.append(Compared(name, measurement.model.method, size(folders[model], weights), scores))
     table = markdown(rows)
     (output / "comparison.md").write_text(table, encoding="utf-8")
-    content = [{"name": r.name, "bits": r.bits, "file_bytes": r.file_bytes, "scores": r.scores} for r in rows]
-    (output / "comparison.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = json.dumps([asdict(row) for row in rows], indent=1)
+    (output / "comparison.json").write_text(content + "\n", encoding="utf-8")
     draw(rows, output / "comparison.svg")
     print(table)
     return rows
 
 
-def expert_bytes(folder: Path) -> tuple[int, int] | None:
-    """(bytes, number of elements) of the tensors of a checkpoint's experts, by their names; None where it is no folder
-    of safetensors or has none."""
-    if not folder.is_dir() or not list(folder.glob("*.safetensors")):
-        return None
-    found = [header for name, header in read_headers(folder).items() if any(mark in name for mark in EXPERT_MARKS)]
-    if not found:
-        return None
-    return sum(header.num_bytes for header in found), sum(math.prod(header.shape) for header in found)
-
-
-def true_bits(model: Path, num_weights: int | None) -> float | None:
-    """Bits per expert weight with everything that is stored under the experts' names; num_weights: the baseline's."""
-    if is_packed(str(model)):
-        return inspect_checkpoint(model)["bits_per_weight"]
-    stored = expert_bytes(model)
-    return None if stored is None or num_weights is None else 8 * stored[0] / num_weights
+def _folder(model: str) -> Path:
+    """Where the files of a model are: its folder, that of the hub's cache, or the .gguf file itself."""
+    return Path(model) if model.endswith(".gguf") else resolve_model_folder(model)
 
 
 def markdown(rows: Sequence[Compared]) -> str:
     """One line for each checkpoint, the least KL first."""
-    lines = ["| | true bits | size, MiB | KL | ΔNLL | top-1 | perplexity |", "|---|---|---|---|---|---|---|"]
+    lines = ["| | by | true bits | whole model, bits | size, MiB | KL | ΔNLL | top-1 | perplexity |", "|" + "---|" * 9]
     for row in sorted(rows, key=lambda row: row.scores["kl"]):
-        bits = "–" if row.bits is None else f"{row.bits:.3f}"
-        size = "–" if row.file_bytes is None else f"{row.file_bytes / (1 << 20):,.1f}"
+        bits, model_bits = (_number(value, ".3f") for value in (row.size.bits, row.size.model_bits))
+        mib = _number(_mib(row.size), ",.1f")
         kl, delta = _with_error(row.scores, "kl", 5), _with_error(row.scores, "delta_nll", 4)
         agreement, perplexity = f"{100 * row.scores['agreement']:.2f} %", f"{row.scores['perplexity']:.3f}"
-        lines.append(f"| {row.name} | {bits} | {size} | {kl} | {delta} | {agreement} | {perplexity} |")
+        cells = (row.name, row.method or "–", bits, model_bits, mib, kl, delta, agreement, perplexity)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -121,8 +113,8 @@ def draw(rows: Sequence[Compared], path: Path) -> None:
         raise ConfigError(f"the picture needs matplotlib ({error}); pip install 'kbvq[report]'") from error
     figure = Figure(figsize=(9, 4), layout="constrained")
     places = {
-        "bits per expert weight, everything stored": [row.bits for row in rows],
-        "size of all weights, MiB": [None if row.file_bytes is None else row.file_bytes / (1 << 20) for row in rows],
+        "bits per expert weight, everything stored": [row.size.bits for row in rows],
+        "size of the whole model, MiB": [_mib(row.size) for row in rows],
     }
     for axes, (label, values) in zip(figure.subplots(1, 2, sharey=True), places.items(), strict=True):
         for row, value in zip(rows, values, strict=True):
@@ -134,6 +126,14 @@ def draw(rows: Sequence[Compared], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("KL(original ‖ model), nats per token")
     figure.savefig(path, metadata={"Date": None})
+
+
+def _mib(size: Size) -> float | None:
+    return None if size.num_bytes is None else size.num_bytes / (1 << 20)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _with_error(scores: dict[str, Any], name: str, digits: int) -> str:

@@ -8,7 +8,6 @@ before the model is loaded. Each text, task and model is a part that an interrup
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import sys
@@ -21,17 +20,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kbvq.errors import CheckpointError, ConfigError, UnsupportedModelError
-from kbvq.models.layer_stream import LayerStream, resolve_model_folder, return_freed_memory
+from kbvq.models.layer_stream import LayerStream, resolve_model_folder
 from kbvq.reporting.run_report import EVALUATION
-from kbvq.storage.checkpoint import inspect_checkpoint
+from kbvq.storage.checkpoint import inspect_checkpoint, is_packed_checkpoint
 from kbvq.storage.provenance import hardware, versions
 from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import mean_stderr, score_windows
 from kbvq_eval.generation import measure_generation
-from kbvq_eval.parts import FinishedParts, fingerprint
+from kbvq_eval.loading import DTYPES, LoadedModel
+from kbvq_eval.parts import FinishedParts
 from kbvq_eval.suites import SUITES, Suite, task_means
 from kbvq_eval.table import format_table
 from kbvq_eval.tasks import Metric, TaskResult, TaskSelection, find_tasks, run_tasks
@@ -40,7 +39,6 @@ from kbvq_eval.windows import TextWindows, default_window, text_windows
 
 logger = logging.getLogger("kbvq")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TASK_BATCH_SIZE = 16
 
 
@@ -63,12 +61,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model, print one table and, with `json_path`, write one JSON file; returns what the file holds.
 
-    model, baseline: a folder or hub name, loaded by AutoModelForCausalLM in the same dtype. suite: one of SUITES, which
-    also measures generation. perplexity: texts (`load_text`) besides. tasks: names of lm-eval tasks besides,
-    `include_path` the folder of local ones, `limit` the items of each. window: tokens, default min(2048, the model's
-    longest sequence). batch_size: windows, or task requests, per forward. generation: rates, memory and
-    continuations of the first text. device: "cpu", "cuda", "cuda:1" or "auto" (all there are); default cuda where
-    there is one. dtype: "float32" (default on the CPU), "bfloat16" (default elsewhere) or "float16".
+    model, baseline: a folder, hub name or .gguf file, loaded by its own loader (`LoadedModel`) in the same dtype.
+    suite: one of SUITES, which also measures generation. perplexity: texts (`load_text`) besides. tasks: names of
+    lm-eval tasks besides, `include_path` the folder of local ones, `limit` the items of each. window: tokens, default
+    min(2048, the model's longest sequence). batch_size: windows, or task requests, per forward. generation: rates,
+    memory and continuations of the first text. device: "cpu", "cuda", "cuda:1" or "auto" (all there are); default cuda
+    where there is one. dtype: "float32" (default on the CPU), "bfloat16" (default elsewhere) or "float16".
 
     report: also put the result into the model's folder, whose report and card then show it.
 
@@ -95,13 +93,14 @@ def evaluate(
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     read = {text.name: text for text in map(load_text, dict.fromkeys(texts))}
-    if report and not is_packed(model):
+    if report and not is_packed_checkpoint(Path(model)):
         raise ConfigError(f"--report needs a packed checkpoint in a local folder; {model} is none")
     if (generation or suite is not None) and not read:
         raise ConfigError("generation continues a text: pass one with --perplexity")
+    original = None if baseline is None else LoadedModel(baseline, device, dtype)
     measured = Measurement(
-        model=LoadedModel(model, device, dtype),
-        baseline=None if baseline is None else LoadedModel(baseline, device, dtype),
+        model=LoadedModel(model, device, dtype, vocabulary=None if original is None else original.tokenizer),
+        baseline=original,
         texts=read,
         window=window,
         tasks=find_tasks(tasks, include_path) if tasks else None,
@@ -127,46 +126,6 @@ def evaluate(
         for path in write_documents(Path(model)):
             print(f"written   {path}")
     return result
-
-
-class LoadedModel:
-    """A model that is loaded when it is first needed, and dropped before another one is.
-
-    path: folder or hub name. device: for `device_map`. dtype: a name of DTYPES.
-    """
-
-    def __init__(self, path: str, device: str, dtype: str) -> None:
-        self.path, self.device, self.dtype = path, device, dtype
-        self.fingerprint = fingerprint(path)
-        try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-            self.config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load {path}: {error}") from error
-        self._model: PreTrainedModel | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.get_text_config().vocab_size
-
-    def model(self) -> PreTrainedModel:
-        if self._model is None:
-            try:
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    self.path, dtype=DTYPES[self.dtype], device_map=self.device
-                )
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"cannot load {self.path}: {error}") from error
-            self._model = loaded.eval()
-        return self._model
-
-    def drop(self) -> None:
-        if self._model is not None:
-            self._model = None
-            gc.collect()
-            return_freed_memory()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
 
 class Measurement:
@@ -353,7 +312,7 @@ def _difference(metric: Metric, baseline: Metric) -> dict[str, float | None]:
 def _identity(model: str) -> dict[str, Any]:
     """Where a model came from, the bytes of its weights and, for a packed checkpoint, its bits by the bytes on disk."""
     path = Path(model)
-    bits: dict[str, Any] = inspect_checkpoint(path) if is_packed(model) else {}
+    bits: dict[str, Any] = inspect_checkpoint(path) if is_packed_checkpoint(path) else {}
     files = [path] if path.is_file() else list(path.glob("*.safetensors")) if path.is_dir() else []
     return {
         "path": model,
@@ -361,12 +320,3 @@ def _identity(model: str) -> dict[str, Any]:
         "code_bits": bits.get("code_bits"),
         "file_bytes": sum(file.stat().st_size for file in files) or None,
     }
-
-
-def is_packed(model: str) -> bool:
-    """Whether it is a folder with a checkpoint of kbvq."""
-    config = Path(model) / "config.json"
-    if not config.is_file():
-        return False
-    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
-    return quantization.get("quant_method") == "kbvq"
