@@ -143,7 +143,8 @@ def _write_decoded_(original: Any, packed: PackedBankModule) -> None:
         for parameter, weight in ((original.mlp.w1, gate), (original.mlp.v1, up), (original.mlp.w2, down.mT)):
             parameter.copy_(weight.reshape(parameter.shape))
         return
-    if not getattr(original, "is_concatenated", True):
+    interleaved = type(original).__name__ == "GptOssExperts"
+    if interleaved:
         gate_up = torch.stack(gate_up.chunk(2, dim=1), 2).flatten(1, 2)
     if getattr(original, "is_transposed", type(original).__name__ == "Llama4TextExperts"):
         gate_up, down = gate_up.mT, down.mT
@@ -152,7 +153,7 @@ def _write_decoded_(original: Any, packed: PackedBankModule) -> None:
     original.down_proj.copy_(down)
     if biases["down_proj"] is not None:
         bias = biases["gate_up_proj"]
-        if not original.is_concatenated:
+        if interleaved:
             bias = torch.stack(bias.chunk(2, dim=1), 2).flatten(1, 2)
         getattr(original, f"{first}_bias").copy_(bias)
         original.down_proj_bias.copy_(biases["down_proj"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tiny_models import makes
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import (
     CONFIG_MAPPING,
@@ -150,7 +151,7 @@ _OWN: dict[str, dict[str, object]] = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "longcat_flash": dict(head_dim=8, zero_expert_num=2),
     "muse_spark_audio": dict(patch_sizes=[4, 4], hidden_sizes=[32, 64], depths=[1, 1]),
-    "nemotron_h": dict(layer_types=["full_attention", "moe"]),
+    "nemotron_h": dict(hybrid_override_pattern="*E"),  # which old and new versions of transformers take
     "qwen3_omni_moe_audio_encoder": dict(
         encoder_layers=LAYERS,
         encoder_attention_heads=4,
@@ -176,8 +177,19 @@ _OWN: dict[str, dict[str, object]] = {
 """What single architectures need besides."""
 
 
+REFUSED_WITH_OLD_TRANSFORMERS = {
+    # up to 5.4 its router has the width of the experts, and they multiply with the wrong side of their matrices
+    "dbrx": r"gives .*ffn\.router 32 inputs, its experts 64.*upgrade transformers",
+    "qwen3_vl_moe": "would convert the packed .*experts.gate_up_proj when it loads it; upgrade transformers",
+    "aria_text": "does not use the fused experts interface",
+}
+"""Why 5.4 refuses architectures that later versions serve, as expressions that its message matches."""
+if not transformers.__version__.startswith("5.4."):
+    REFUSED_WITH_OLD_TRANSFORMERS.clear()
+
+
 def moe_model_types() -> list[str]:
-    """The model types of all architectures, in alphabetical order."""
+    """The model types of all architectures of which transformers makes a config, in alphabetical order."""
     folder = Path(transformers.__file__).parent / "models"
     experts = re.compile(r"^class \w*(Experts?|MoE|Moe|MOE)\w*\(", re.MULTILINE)
     modules = {
@@ -187,6 +199,7 @@ def moe_model_types() -> list[str]:
         model_type
         for model_type in CONFIG_MAPPING_NAMES
         if model_type_to_module_name(model_type) in modules
+        and makes(CONFIG_MAPPING[model_type])
         and (
             model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         )
@@ -195,21 +208,27 @@ def moe_model_types() -> list[str]:
 
 def tiny_config(model_type: str, **changes: object) -> PreTrainedConfig:
     """The smallest config of an architecture that has its kinds of layers, two in all."""
-    config_class = CONFIG_MAPPING[model_type]
+    return _shrunk(CONFIG_MAPPING[model_type], **changes)
+
+
+def _shrunk(config_class: type[PreTrainedConfig], **changes: object) -> PreTrainedConfig:
+    model_type = config_class.model_type
     usual = config_class()
     parts = {}
     for part in getattr(config_class, "sub_configs", {}):
-        part_type = getattr(getattr(usual, part, None), "model_type", None)
-        if part_type in CONFIG_MAPPING_NAMES:
-            parts[part] = tiny_config(part_type).to_dict()
+        default = getattr(usual, part, None)
+        if getattr(default, "model_type", None) in CONFIG_MAPPING_NAMES:
+            parts[part] = _shrunk(type(default)).to_dict()
     sizes = {name: value for name, value in _SIZES.items() if name in usual.to_dict() or hasattr(config_class, name)}
     if "kv_lora_rank" in sizes:  # latent attention: as many keys as queries, and heads of a width that follows
         sizes["num_key_value_heads"] = 4
         sizes.pop("head_dim", None)
     kinds = list(dict.fromkeys(getattr(usual, "layer_types", None) or ()))
-    if kinds and not isinstance(getattr(config_class, "layer_types", None), property):
+    own = _OWN.get(model_type, {})
+    declared = isinstance(getattr(config_class, "layer_types", None), property) or "hybrid_override_pattern" in own
+    if kinds and not declared:
         sizes["layer_types"] = [kinds[0], kinds[-1]]
-    return config_class(**(sizes | parts | _OWN.get(model_type, {}) | changes))
+    return config_class(**(sizes | parts | own | changes))
 
 
 def tiny_model(config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from family_matrix import check_family
-from moe_families import moe_model_types
+from moe_families import REFUSED_WITH_OLD_TRANSFORMERS, moe_model_types
 from quantizing import write_text
 
 from kbvq.recipes import make_recipe
@@ -32,10 +32,11 @@ BUDGETED = ["gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next", "jamba"]
 
 @pytest.mark.parametrize("model_type", [t for t in REPRESENTATIVE if t in KNOWN])
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")  # 5.4, of its own NemotronH
 def test_representative_architectures(model_type, tmp_path):
     family = check_family(model_type, tmp_path, write_text(tmp_path / "calibration.txt", words=200))
-    refused = {"deepseek_v4": "input_ids"}.get(model_type)
-    assert family.reason is None if refused is None else refused in family.reason
+    refused = ({"deepseek_v4": "input_ids"} | REFUSED_WITH_OLD_TRANSFORMERS).get(model_type)
+    assert family.reason is None if refused is None else re.search(refused, family.reason)
     assert not any("vision" in bank.path for bank in family.banks)
 
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
+from transformers.quantizers import HfQuantizer
 
 from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
 from kbvq.models import layer_stream, stored_tensors
-from kbvq.models.layer_stream import LayerStream, resolve_model_folder
+from kbvq.models.layer_stream import LayerStream, auto_class, check_names_are_kept, resolve_model_folder
 from kbvq.models.moe_adapters import find_expert_banks
 
 IDS = torch.randint(2, 128, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -416,12 +417,22 @@ def test_unsupported_model_is_refused_before_its_shards_are_looked_for(tmp_path,
         open_stream(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "unheard_of"}, {"model_type": None}])
+@pytest.mark.parametrize("changes", [{"model_type": "unheard_of"}, {"model_type": None}, {"hidden_size": "wide"}])
 def test_unknown_model_type_is_refused(tmp_path, changes):
     LlamaConfig(**SMALL).save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(UnsupportedModelError, match="describes no model that transformers knows"):
         open_stream(tmp_path)
+
+
+def test_packed_names_that_an_old_transformers_would_convert_are_refused(monkeypatch):
+    """5.4 has no way to take its conversions out, and transposes the experts of one model but not of the other."""
+    monkeypatch.delattr(HfQuantizer, "update_weight_conversions", raising=False)
+    kept, converted = (auto_class(c).from_config(c) for c in map(tiny_config, ("qwen3_moe", "qwen3_vl_moe")))
+    check_names_are_kept(kept, ["model.layers.0.mlp.experts.gate_up_proj"])
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(UnsupportedModelError, match=f"would convert the packed {name}.*upgrade transformers"):
+        check_names_are_kept(converted, [name])
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path):

@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -34,10 +35,12 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.quantizers import HfQuantizer
 
 from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
 from kbvq.models.moe_adapters import decoder_layers, find_expert_banks
 from kbvq.models.stored_tensors import STORED_DTYPES, TABLE_DTYPES, StoredTensors, check_source_quantization
+from kbvq.structures import PROJECTIONS
 
 logger = logging.getLogger("kbvq")
 
@@ -106,7 +109,8 @@ class LayerStream:
         published in FP8 or MXFP4; such weights are decoded when they are read.
 
     Raises CheckpointError for a missing or unreadable file, a missing, misshapen or unsupported tensor and a model that
-    is already quantized; UnsupportedModelError for a model that kbvq cannot quantize. No weight is read for that.
+    is already quantized; UnsupportedModelError for a model that kbvq cannot quantize, or that the installed
+    transformers could not load packed. No weight is read for that.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -117,6 +121,7 @@ class LayerStream:
         self.model = _build_skeleton(self.config, dtype)
         self.text_config = self.config.get_text_config()
         self.banks = find_expert_banks(self.model)
+        check_names_are_kept(self.model, [f"{bank.path}.{name}" for bank in self.banks for name in PROJECTIONS])
         self.layers, self.layers_path = decoder_layers(self.model)
         self.num_layers = len(self.layers)
         self._initialize_buffers(self.model)
@@ -487,6 +492,27 @@ class LayerStream:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
+def check_names_are_kept(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Refuse what the installed transformers could not load: packed tensors, which have `names` of the model, where it
+    would convert these as if they were in the layout of the hub.
+
+    Since a quantizer can take conversions out (KbvqQuantizer.update_weight_conversions) there are none; 5.4 transposes
+    the experts of Qwen3-VL. Raises UnsupportedModelError.
+    """
+    if hasattr(HfQuantizer, "update_weight_conversions"):
+        return
+    mapping = get_model_conversion_mapping(model)
+    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+    skeleton = model.state_dict()
+    for name in names:
+        if rename_source_key(name, renamings, converters, model.base_model_prefix, skeleton)[1] is not None:
+            raise UnsupportedModelError(
+                f"{model.config.model_type}: transformers {transformers.__version__} would convert the packed {name} "
+                "when it loads it; upgrade transformers"
+            )
+
+
 def _targets(name: str, converter: WeightConverter | None) -> list[str]:
     """The parameters that are made together with the first of them."""
     if converter is None:
@@ -519,13 +545,24 @@ def _load_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     quantization = check_source_quantization(folder, data)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"{path} describes no model that transformers knows: {error}") from error
+    config = read_config(folder)
     if quantization is not None:
         del config.quantization_config
     return config, quantization
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """What transformers makes of a folder's config.json. Raises UnsupportedModelError where the installed one cannot.
+
+    Versions with checks of their own refuse valid configs too: 5.4 beside a newer huggingface_hub those of OLMoE and of
+    ERNIE 4.5 VL, which it declares with integers where false stands.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} describes no model that transformers knows ({transformers.__version__}): {error}"
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> type:

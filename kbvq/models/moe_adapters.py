@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
@@ -125,7 +126,14 @@ def find_expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
                 f"{model_type}: {path} ({type(module).__name__}) cannot be quantized: {error}; {_SUPPORTED}"
             ) from error
         block_path = path.rpartition(".")[0]
-        for name, shared in model.get_submodule(block_path).named_children():
+        block = model.get_submodule(block_path)
+        linear = getattr(getattr(block, "router", None), "layer", None)
+        if isinstance(linear, nn.Linear) and linear.in_features != banks[-1].hidden_size:  # DBRX up to 5.4
+            raise UnsupportedModelError(
+                f"{model_type}: transformers {transformers.__version__} gives {block_path}.router {linear.in_features} "
+                f"inputs, its experts {banks[-1].hidden_size}, and so cannot run it itself; upgrade transformers"
+            )
+        for name, shared in block.named_children():
             if name in SHARED_EXPERT_NAMES and _is_plain_mlp(shared):
                 banks.append(_describe(f"{block_path}.{name}", "shared", read_experts(shared), layers_path))
     return sorted(banks, key=lambda bank: bank.decoder_layer)
@@ -209,7 +217,7 @@ def _read_interface(module: Any) -> Experts:
         if not isinstance(first_bias, Tensor) or not isinstance(down_bias, Tensor):
             raise UnsupportedModelError(f"it lacks the parameters {first}_bias and down_proj_bias")
         biases = {"gate_up_proj": first_bias.detach(), "down_proj": down_bias.detach()}
-    interleaved = has_gate and not getattr(module, "is_concatenated", True)
+    interleaved = has_gate and not getattr(module, "is_concatenated", type(module).__name__ not in _INTERLEAVED)
     if interleaved:
         gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], 1)
         if biases:
@@ -254,6 +262,10 @@ def _read_dbrx(module: Any) -> Experts:
     weights = {"gate_up_proj": torch.cat([gate, up], 1), "down_proj": down.mT}
     return Experts(weights, {}, gated(activation), _activation_name(activation))
 
+
+_INTERLEAVED = ("GptOssExperts",)
+"""Classes whose rows of gate and up alternate, for versions of transformers that do not declare it: what one version
+packs has to be in the order in which another serves it."""
 
 _READERS: dict[str, Callable[[Any], Experts]] = {"Llama4TextExperts": _read_llama4, "DbrxExperts": _read_dbrx}
 """Classes without the experts interface of transformers -> how they are read."""

@@ -97,7 +97,7 @@ class KbvqQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list, *args: object) -> list:
         """None: packed checkpoints hold the names of the model in memory, and some conversions from the hub's layout,
         such as transposing experts, would apply to those too. 5.17 calls it with one argument, later versions with two;
-        5.4 knows no such call, and there the models whose experts are transposed cannot be loaded."""
+        5.4 knows no such call (check_names_are_kept)."""
         return []
 
     def _process_model_before_weight_loading(
@@ -108,6 +108,7 @@ class KbvqQuantizer(HfQuantizer):
         transformers only warns about missing tensors, and may fill them with random numbers; here everything
         is compared with the headers of the files first. Raises CheckpointError naming the tensor.
         """
+        from kbvq.models.layer_stream import check_names_are_kept
         from kbvq.models.moe_adapters import find_expert_banks
 
         files = checkpoint_files or []
@@ -127,6 +128,7 @@ class KbvqQuantizer(HfQuantizer):
             check_packed_tensors(matrix, headers)
             _replace_matrix_(model, matrix)
         check_packed_contents([*formats, *matrices], files)
+        check_names_are_kept(model, headers)
         in_torch = sorted({known[bank.path].kind for bank in formats if known[bank.path].activation is None})
         if in_torch:
             logger.warning(

@@ -31,12 +31,12 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | torch.dt
     that is not packed; a torch dtype or a name of DTYPES, None for the one stored.
 
     Raises ConfigError for a device or dtype that cannot be, CheckpointError for a folder that is no packed checkpoint
-    or is damaged.
+    or is damaged, UnsupportedModelError for a model that the installed transformers does not know.
     """
-    from transformers import AutoConfig, AutoTokenizer  # of old versions they load Triton
+    from transformers import AutoTokenizer  # of old versions they load Triton
 
     from kbvq.models.devices import choose_device
-    from kbvq.models.layer_stream import auto_class, resolve_model_folder
+    from kbvq.models.layer_stream import auto_class, read_config, resolve_model_folder
 
     if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
         raise ConfigError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
@@ -55,7 +55,7 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | torch.dt
         raise CheckpointError(
             f"{path} has no tokenizer that can be read ({error}); copy that of the original model there"
         ) from error
-    model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
+    model = auto_class(read_config(path)).from_pretrained(
         path, dtype="auto" if dtype is None else DTYPES.get(str(dtype), dtype), device_map=device_map
     )
     return Loaded(model.eval(), tokenizer)
