@@ -1,5 +1,6 @@
 # make demo   quantize the bundled model to 2.25 bits, load it with transformers, evaluate before and after
 # make real   the same with a real language model: SmolLM2-135M as a mixture of experts
+# make compare   kbvq beside other tools on both models, measured and drawn: hours (WORK, and see eval/reproduce_comparison.sh)
 # make test   the whole test suite
 # make test-transformers   what touches transformers with its oldest and newest supported versions, and one between
 # make lint   ruff and mypy
@@ -13,8 +14,9 @@ MODEL = tests/models/tiny-qwen3-moe
 OUT = out/demo
 
 REAL = out/real
+WORK = out/comparison
 
-.PHONY: demo real test test-transformers lint report-check
+.PHONY: demo real compare test test-transformers lint report-check
 
 demo: $(VENV)/.installed
 	$(BIN)/python quantize.py --model $(MODEL) --calibration tests/data/calibration.txt --output $(OUT) \
@@ -32,6 +34,9 @@ real: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python eval/continuations.py $(REAL)/dealt $(REAL)/quantized
 	HF_HUB_OFFLINE=1 $(BIN)/kbvq eval $(REAL)/quantized --baseline $(REAL)/dealt --perplexity tests/data/test.txt \
 		--window 256 --json $(REAL)-eval.json
+
+compare: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN))/python eval/reproduce_comparison.sh $(WORK)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
