@@ -46,7 +46,11 @@ def test_fit_is_the_weighted_ridge_solution(bias):
     weights = torch.rand(5, 40, generator=torch.Generator().manual_seed(2)) + 0.1
     old = layer.attention.last.weight.clone()
     offset = layer.attention.last.bias if bias else 0.0
-    wanted = (teacher - student + layer.mixed(teacher) @ old.T).flatten(0, 1).double()
+    teacher[1, :3] += 100  # tokens that lack far more than attention gives
+    given = layer.mixed(teacher) @ old.T + offset
+    share = (given.norm(dim=-1) / (teacher - student).norm(dim=-1))[..., None]
+    assert 0.02 < (share < 1).float().mean() < 0.5 and share[1, :3].max() < 0.2
+    wanted = (share.clamp_max(1) * (teacher - student) + given - offset).flatten(0, 1).double()
     inputs = layer.mixed(student).flatten(0, 1).double()
     changed = match_attention_(run, teacher, student, weights)
     assert list(changed) == ["attention.last.weight"]

@@ -69,6 +69,12 @@ def test_static_cache_gives_the_tokens_of_the_dynamic_one(model):
     assert torch.equal(generate(model, prompts(2), cache_implementation="static"), generate(model, prompts(2)))
 
 
+def test_a_compiled_forward_pass_generates_the_same_tokens(model):
+    expected = generate(model, prompts(2))
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    assert torch.equal(generate(model, prompts(2), cache_implementation="static"), expected)
+
+
 def test_assistant_changes_nothing(model, folder):
     assistant = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assistant.model.layers = assistant.model.layers[:1]

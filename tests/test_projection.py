@@ -9,6 +9,7 @@ from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import ConfigError, NumericalError
 from kbvq.method.projection import quantize_projection, report_projection
 from kbvq.method.rate_distortion import row_moment
+from kbvq.method.target_weights import TargetSums, goal_of
 from kbvq.recipes import CODES, RECIPE_NAMES, make_recipe
 from kbvq.structures import InputMoments
 
@@ -49,6 +50,26 @@ def output_error(recipe):
     return sum((o - w).square().sum() for o, w in zip(outputs, wanted, strict=True)) / sum(
         w.square().sum() for w in wanted
     )
+
+
+def test_what_no_weights_can_give_does_not_stretch_the_outputs():
+    """Wanted outputs that are mostly noise: the packed weights are those of the best map, its mean is met."""
+    weights, moments, tokens = problem()
+    generator = torch.Generator().manual_seed(1)
+    sums = TargetSums.zeros(EXPERTS, OUT, IN)
+    targets = []
+    for expert, inputs in enumerate(tokens):
+        given = inputs @ weights[expert].T
+        targets.append(given + 2 * given.std() * torch.randn(given.shape, generator=generator) + 0.3)
+        sums.add_(expert, targets[-1], inputs, torch.ones(len(inputs)))
+    recipe = make_recipe("default", 4, budget=False)
+    goal = goal_of(weights, sums, moments, prior_tokens=0.0)
+    packed = quantize_projection(weights, moments, moments, planned(recipe), recipe, seed=5, goal=goal)
+    report = report_projection(goal.weights, packed, moments, prior_tokens=0.0)
+    assert report.relative_error < 4 * CODES["trellis"][4].distortion
+    for expert, (inputs, wanted) in enumerate(zip(tokens, targets, strict=True)):
+        found = inputs @ dequantize_expert(packed.format, packed.tensors, expert).T + packed.tensors["bias"][expert]
+        torch.testing.assert_close(found.mean(0), wanted.mean(0), rtol=1e-2, atol=1e-2 * wanted.std().item())
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -49,9 +49,7 @@ def check_ridge(original, inputs, targets, weights, strength):
         expected = torch.linalg.lstsq(rows, wanted).solution.T
         torch.testing.assert_close(goal.weights[e].double(), expected, rtol=1e-3, atol=1e-3)
         mean = (w[:, None] * targets[e].double()).sum(0) / w.sum()
-        variance = (w[:, None] * (targets[e].double() - mean).square()).sum(0) / w.sum()
         torch.testing.assert_close(goal.mean[e].double(), mean, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(goal.deviation[e].double(), variance.sqrt(), rtol=1e-3, atol=1e-3)
 
 
 def test_targets_that_the_original_weights_give_change_nothing():
@@ -69,7 +67,6 @@ def test_mapped_sums_are_those_of_the_mapped_targets():
     mapped = found.mapped(map_)
     torch.testing.assert_close(mapped.cross_sum, expected.cross_sum, rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(mapped.output_sum, expected.output_sum, rtol=1e-4, atol=1e-2)
-    assert mapped.square_sum.isnan().all()
 
 
 def test_few_tokens_pull_harder_toward_the_original_and_none_leave_it():
@@ -78,4 +75,4 @@ def test_few_tokens_pull_harder_toward_the_original_and_none_leave_it():
     moments, found = sums(inputs[:, :0], targets[:, :0], weights[:, :0])
     goal = goal_of(original, found, moments, prior_tokens=1.0)
     torch.testing.assert_close(goal.weights, original)
-    assert goal.mean.isfinite().all() and goal.deviation.isfinite().all()
+    assert goal.mean.isfinite().all()

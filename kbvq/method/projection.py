@@ -73,8 +73,8 @@ def quantize_projection(
         which are those that the packed projection will see. Both on the device of `weights`.
     format: how it will be stored, one that the recipe plans (Recipe.projection_format).
     bias: of the original projection, [num_experts, out_features], stored together with that of the correction.
-    goal: weights to be coded in their place, and the outputs that the correction then restores instead of the
-        teacher's.
+    goal: weights to be coded in their place. The correction then restores the mean that they aim at, and the deviation
+        that they themselves give, instead of the teacher's.
     team: that shares the experts; all of it gets the result. Codes and corrections are those of one process, but where
         tables are refitted, whose sums it adds up in another order. Tables of single experts are not shared out.
     Raises NumericalError when a stored value would overflow float16.
@@ -194,12 +194,8 @@ def _correct_outputs(
         of_student = student.expert_moments(expert, prior_tokens)
         if goal is None:
             wanted = output_moments(weight, *teacher.expert_moments(expert, prior_tokens))
-        else:  # a deviation that is not known is that of the weights to be coded
-            deviation = goal.deviation[expert]
-            wanted = (
-                goal.mean[expert],
-                torch.where(deviation.isnan(), output_moments(weight, *of_student)[1], deviation),
-            )
+        else:
+            wanted = goal.mean[expert], output_moments(weight, *of_student)[1]
         quantized = dequantize_expert(*form, expert)
         slope, biases[place] = bias_correction(wanted, output_moments(quantized, *of_student))
         scales[place] = tensors["scale"][expert].float() * slope

@@ -34,19 +34,17 @@ fitted, not its function."""
 class TargetSums:
     """Weighted sums over the tokens of each expert of wanted outputs y and the inputs x̃ that are to give them.
 
-    cross_sum: [num_experts, outputs, in_features] float32, Σ y x̃ᵀ. output_sum, square_sum: [num_experts, outputs], Σ y
-    and Σ y². The weights are those of the InputMoments gathered beside them.
+    cross_sum: [num_experts, outputs, in_features] float32, Σ y x̃ᵀ. output_sum: [num_experts, outputs], Σ y. The weights
+    are those of the InputMoments gathered beside them.
     """
 
     cross_sum: Tensor
     output_sum: Tensor
-    square_sum: Tensor
 
     @classmethod
     def zeros(cls, num_experts: int, outputs: int, in_features: int, device: torch.device | str = "cpu") -> TargetSums:
         return cls(
             torch.zeros(num_experts, outputs, in_features, device=device),
-            torch.zeros(num_experts, outputs, device=device),
             torch.zeros(num_experts, outputs, device=device),
         )
 
@@ -55,27 +53,36 @@ class TargetSums:
         weighted = targets.float() * weights[:, None]
         self.cross_sum[expert].addmm_(weighted.T, inputs.float())
         self.output_sum[expert] += weighted.sum(0)
-        self.square_sum[expert] += (weighted * targets.float()).sum(0)
 
     def mapped(self, weights: Tensor) -> TargetSums:
-        """The sums for the outputs `weights` @ y, [num_experts, out_features, outputs]; without their squares, which
-        these sums do not tell: NaN."""
+        """The sums for the outputs `weights` @ y, [num_experts, out_features, outputs]."""
         weights = weights.float()
-        outputs = torch.bmm(weights, self.output_sum[..., None])[..., 0]
-        return TargetSums(torch.bmm(weights, self.cross_sum), outputs, torch.full_like(outputs, torch.nan))
+        return TargetSums(torch.bmm(weights, self.cross_sum), torch.bmm(weights, self.output_sum[..., None])[..., 0])
+
+
+def bounded(lacking: Tensor, own: Tensor) -> Tensor:
+    """What a part of the model is asked to make up for, [tokens, outputs]: of each token no more than it gives to it.
+
+    lacking: what the residual stream lacks. own: the outputs of the part in the original. Some tokens of real models
+    lack hundreds of times what a layer adds to them (massive activations that came out differently); trying to return
+    that bends the weights for all other tokens, in vain.
+    """
+    lacking, own = lacking.float(), own.float()
+    share = own.norm(dim=-1, keepdim=True) / lacking.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return lacking * share.clamp_max(1)
 
 
 @dataclass(frozen=True)
 class Goal:
     """What a projection is to be coded and corrected toward.
 
-    weights: W* of every expert, [num_experts, out_features, in_features] float32. mean, deviation: of the wanted
-    outputs, [num_experts, out_features]; NaN for a deviation that is not known.
+    weights: W* of every expert, [num_experts, out_features, in_features] float32. mean: of the wanted outputs,
+    [num_experts, out_features]. Their deviation is none of it: a part of it no weights can give, and outputs stretched
+    to have all of it are further from those wanted.
     """
 
     weights: Tensor
     mean: Tensor
-    deviation: Tensor
 
 
 def goal_of(
@@ -88,9 +95,9 @@ def goal_of(
     """
     experts = team.share(len(weights))
     goals = weights.new_empty(len(experts), *weights.shape[1:], dtype=torch.float32)
-    means, deviations = (goals.new_empty(goals.shape[:2]) for _ in range(2))
+    means = goals.new_empty(goals.shape[:2])
     prior = prior_tokens * moments.mass.sum() / moments.tokens.sum().clamp_min(1)
-    pooled, pooled_mean = moments.pooled_second_moment(), moments.pooled_mean()
+    pooled_mean = moments.pooled_mean()
     for place, expert in enumerate(experts):
         weight = weights[expert].float()
         total = (moments.mass[expert] + prior).clamp_min(1e-12)
@@ -101,7 +108,5 @@ def goal_of(
         second_moment.diagonal().add_(strength * second_moment.diagonal().mean().clamp_min(1e-12))
         change = torch.cholesky_solve(lacking.T, torch.linalg.cholesky(second_moment)).T
         goals[place] = weight + change.float()
-        means[place] = mean = (targets.output_sum[expert] + prior * (weight @ pooled_mean)) / total
-        square = (targets.square_sum[expert] + prior * ((weight @ pooled) * weight).sum(1)) / total
-        deviations[place] = (square - mean.square()).clamp_min(0).sqrt()
-    return Goal(*(gather(team, own, len(weights)) for own in (goals, means, deviations)))
+        means[place] = (targets.output_sum[expert] + prior * (weight @ pooled_mean)) / total
+    return Goal(*(gather(team, own, len(weights)) for own in (goals, means)))

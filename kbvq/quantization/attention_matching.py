@@ -3,9 +3,9 @@
 Attention stays as it is stored, but the experts of the layers before are quantized, so a layer's attention starts from
 a stream with errors in it. Its output projection is the one dense weight whose outputs are added to that stream as they
 are. With x the layer's input and a the projection's input in the quantized model, and t the original's stream behind
-attention, it should give t − x: again a least-squares problem (method.target_weights), solved in closed form, with the
-tokens weighted as for the experts (matching.token_weights). It costs no bits, and leaves the experts less to make up
-for.
+attention, it should give t − x, though of a token no more beyond the original's output than that: again a least-squares
+problem (method.target_weights), solved in closed form, with the tokens weighted as for the experts
+(matching.token_weights). It costs no bits, and leaves the experts less to make up for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from kbvq.method.target_weights import TargetSums, goal_of
+from kbvq.method.target_weights import TargetSums, bounded, goal_of
 from kbvq.method.team import sum_fields_
 from kbvq.models.calibration import LayerRunner
 from kbvq.structures import InputMoments
@@ -78,7 +78,8 @@ def match_attention_(run: LayerRunner, teacher: Tensor, student: Tensor, weights
     bias = 0.0 if module.bias is None else module.bias.float()
     for part in run.parts(len(student)):
         _, given = _reach(run, module, teacher[part])
-        wanted = (teacher[part] - student[part]).to(run.device).float() + given.float() - bias
+        lacking = (teacher[part].float() - student[part].float()).to(run.device)
+        wanted = given.float() + bounded(lacking, given) - bias
         inputs, _ = _reach(run, module, student[part])
         inputs = inputs.flatten(0, -2)
         mass = moments.add_(

@@ -7,7 +7,8 @@ routed experts of a token together should give
     y = (original's output of the layer) − (the student's output without theirs).
 
 A token's experts share what y differs from their own outputs on the original inputs in proportion to their routing
-weights, which is the smallest change of their outputs that does it.
+weights, which is the smallest change of their outputs that does it. Where it is more than those outputs, only as much
+of it (method.target_weights.bounded).
 
 Tokens count by the inverse of the norm of the activations behind the layer. A few tokens of real models are hundreds of
 times larger than all others (massive activations, attention sinks) and would own the sums; what they need must still be
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from kbvq.method.target_weights import TargetSums
+from kbvq.method.target_weights import TargetSums, bounded
 from kbvq.method.team import sum_fields_
 from kbvq.models.calibration import LayerRunner, ObservedBank, recording
 from kbvq.models.expert_forward import run_bank, stacked_experts
@@ -120,7 +121,7 @@ def match_outputs(
                 others = outputs.flatten(0, 1).float() - record.outputs.float()
                 wanted = teacher_outputs[part].flatten(0, 1).to(run.device).float() - others
                 shares = (record.top_k_weights.float().square() * (record.top_k_index < module.num_experts)).sum(-1)
-                lacking = (wanted - reference.float()) / shares.clamp_min(1e-6)[:, None]
+                lacking = bounded(wanted - reference.float(), reference) / shares.clamp_min(1e-6)[:, None]
             moments, sums = matched[bank]
             for (expert, tokens, routing, inputs), target in zip(_by_expert(module), own, strict=True):
                 target = target.float()
