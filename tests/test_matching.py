@@ -1,11 +1,12 @@
 """The passes that gather what banks should give, against the same sums token by token."""
 
+import pytest
 import torch
 from stand_in_experts import StandInExperts
 from torch import nn
 from torch.nn.functional import silu
 
-from kbvq.models.calibration import LayerRunner, observe_banks, run_and_keep, run_and_watch
+from kbvq.models.calibration import LayerRunner, idle_suffices, observe_banks, run_and_keep, run_and_watch
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.quantization.matching import match_inputs, match_outputs, token_weights
 from kbvq.structures import PROJECTIONS
@@ -73,6 +74,49 @@ def test_inputs_are_paired_token_by_token():
     torch.testing.assert_close(moments.outer_sum, outer, rtol=1e-4, atol=1e-4)
     assert moments.tokens.equal(tokens)
     assert not observed[bank].recording and observed[bank].recorded is None
+
+
+def test_experts_do_not_run_for_their_inputs(monkeypatch):
+    _, bank, run, _, student, observed, outputs, kept, _ = setting()
+    weights = token_weights(outputs)
+    expected = match_inputs(run, student, kept, weights, observed, by_routing=True)[bank]
+    monkeypatch.setattr(observed[bank], "gating", None)
+    found = match_inputs(run, student, kept, weights, observed, by_routing=True)[bank]
+    assert torch.equal(found[1].cross_sum, expected[1].cross_sum) and not observed[bank].idle
+
+
+class TwoBanks(nn.Module):
+    """A second bank that is called with the same tokens as the first one, or with what that gives."""
+
+    def __init__(self, chained):
+        super().__init__()
+        self.first, self.second, self.chained = Layer(), Layer(), chained
+
+    def forward(self, states):
+        inner = self.first(states)
+        return inner + self.second(inner if self.chained else states)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_experts_run_where_another_bank_sees_what_they_give(chained):
+    layer = TwoBanks(chained)
+    names = ("first", "second")
+    banks = [ExpertBank(f"layers.0.{name}.mlp.experts", "routed", EXPERTS, HIDDEN, WIDTH, 0) for name in names]
+    originals = [layer.get_submodule(f"{name}.mlp.experts") for name in names]
+    run = LayerRunner(layer, lambda rows: {}, batch_size=2, device=torch.device("cpu"))
+    states = torch.randn(3, 12, HIDDEN, generator=torch.Generator().manual_seed(1))
+    observed = observe_banks(layer, "layers.0", banks)
+    assert all(p.is_meta for module in originals for p in module.parameters())  # the weights are held once
+    assert idle_suffices(run, states, observed) != chained
+    with torch.no_grad():
+        _, _, kept = run_and_keep(run, states, observed, PROJECTIONS, by_routing=False)
+        called = (layer.first(states) if chained else states).flatten(0, 1)
+    matched = match_inputs(run, states, kept, torch.ones(states.shape[:2]), observed, by_routing=False)
+    _, sums = matched[banks[1]]
+    index, _ = layer.second.route(called)
+    for expert in range(EXPERTS):
+        own = called.tanh()[(index == expert).any(1)]
+        torch.testing.assert_close(sums.cross_sum[expert], own.T @ own, rtol=1e-4, atol=1e-4)
 
 
 def test_outputs_that_are_met_restore_the_original_behind_the_layer():

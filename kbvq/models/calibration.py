@@ -29,7 +29,8 @@ from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
 @dataclass(frozen=True)
 class Recorded:
     """One forward pass of a bank. inputs, outputs: [T, H]. top_k_index, top_k_weights: [T, k], filled in where the call
-    had none (`fill_routing`). down_inputs: (expert, inputs of down_proj [n, I]) of every expert that had tokens."""
+    had none (`fill_routing`). down_inputs: (expert, inputs of down_proj [n, I]) of every expert that had tokens; of an
+    idle bank none."""
 
     inputs: Tensor
     outputs: Tensor
@@ -63,6 +64,8 @@ class ObservedBank(nn.Module):
         self.recording = False
         """Whether a forward pass is left in `recorded`."""
         self.recorded: Recorded | None = None
+        self.idle = False
+        """While recording: whether the experts are left out, and the outputs zeros."""
         self.offset: Tensor | None = None
         """Added to the outputs, [T, H]."""
 
@@ -107,8 +110,10 @@ class ObservedBank(nn.Module):
     def use_(self, projection: str, packed: PackedProjection) -> None:
         """Compute with the quantized projection from now on."""
         form = expand(packed.format, packed.tensors)
-        experts = [dequantize_expert(*form, e) for e in range(self.num_experts)]
-        self.set_(projection, torch.stack(experts), packed.tensors["bias"] if packed.format.has_bias else None)
+        weights = torch.empty_like(self.weights[projection], memory_format=torch.contiguous_format)
+        for expert, weight in enumerate(weights):  # in place: a list of float32 and its stack would be two copies more
+            weight.copy_(dequantize_expert(*form, expert))
+        self.set_(projection, weights, packed.tensors["bias"] if packed.format.has_bias else None)
 
     def set_(self, projection: str, weights: Tensor, bias: Tensor | None) -> None:
         """Compute with these weights and biases of all experts from now on, in the dtype of the original ones.
@@ -145,7 +150,10 @@ class ObservedBank(nn.Module):
             if observe is not None:
                 observe(expert, gate_up, down, outputs, routing)
 
-        output = run_bank(tokens, top_k_index, top_k_weights, self.num_experts, of_expert, self.gating, note)
+        if self.idle:
+            output = torch.zeros_like(tokens)
+        else:
+            output = run_bank(tokens, top_k_index, top_k_weights, self.num_experts, of_expert, self.gating, note)
         if self.offset is not None:
             output = output + self.offset.to(output.dtype)
         self.recorded = Recorded(tokens, output, top_k_index, top_k_weights, down_inputs)
@@ -247,13 +255,19 @@ class LayerRunner:
 
 
 def observe_banks(layer: nn.Module, layer_path: str, banks: Iterable[ExpertBank]) -> dict[ExpertBank, ObservedBank]:
-    """Put observed banks where the modules of these banks are in a decoder layer, which is at `layer_path`."""
+    """Put observed banks where the modules of these banks are in a decoder layer, which is at `layer_path`. The modules
+    themselves are left without weights, so that those are gone once the observed banks have others."""
     observed = {}
     for bank in banks:
         path = bank.path.removeprefix(f"{layer_path}.")
-        experts = read_experts(layer.get_submodule(path))
+        module = layer.get_submodule(path)
+        experts = read_experts(module)
         observed[bank] = ObservedBank(experts.weights, experts.gating, experts.biases)
         layer.set_submodule(path, observed[bank])
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
     return observed
 
 
@@ -295,16 +309,31 @@ def run_and_keep(
 
 
 @contextmanager
-def recording(modules: Iterable[ObservedBank]) -> Iterator[None]:
-    """Inside the block each forward pass of these banks is left in `recorded`."""
+def recording(modules: Iterable[ObservedBank], *, idle: bool = False) -> Iterator[None]:
+    """Inside the block each forward pass of these banks is left in `recorded`. idle: for what they are called with
+    alone, without running their experts."""
     modules = list(modules)
     for module in modules:
-        module.recording = True
+        module.recording, module.idle = True, idle
     try:
         yield
     finally:
         for module in modules:
-            module.recording, module.recorded = False, None
+            module.recording, module.idle, module.recorded = False, False, None
+
+
+def idle_suffices(run: LayerRunner, hidden_states: Tensor, observed: Mapping[ExpertBank, ObservedBank]) -> bool:
+    """Whether the banks of the layer are called with the same while they are idle: so where none of them sees what
+    another one gives. hidden_states: layer inputs, [windows, tokens, hidden_size], of which a batch is run."""
+    if len(observed) < 2:
+        return True
+    calls = []
+    for idle in (False, True):
+        with recording(observed.values(), idle=idle), torch.no_grad():
+            run.batch(hidden_states[: run.batch_size])
+            found = [module.recorded for module in observed.values()]
+        calls.append([(each.inputs, each.top_k_index, each.top_k_weights) for each in found if each is not None])
+    return all(torch.equal(one, two) for both in zip(*calls, strict=True) for one, two in zip(*both, strict=True))
 
 
 def watch_inputs(

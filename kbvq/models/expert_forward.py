@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -51,28 +51,32 @@ def run_experts(
 
     Returns [T, H] in the dtype of `hidden_states`. Deterministic.
     """
-    experts, order = top_k_index.flatten().sort(stable=True)
-    tokens = order // top_k_index.shape[-1]
-    routing_weights = top_k_weights.flatten()[order].float()
-    counts = experts[experts < num_experts].bincount(minlength=num_experts).tolist()
-
     # float32: adding k outputs in bfloat16 would round k times. A token meets an expert at most once, so each
     # index_add_ writes a row at most once, and the order of the additions is that of the experts.
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-    start = 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        chosen = slice(start, start + count)
-        start += count
-        gate_up_inputs = hidden_states[tokens[chosen]]
+    for expert, tokens, routing_weights in by_expert(top_k_index, top_k_weights, num_experts):
+        gate_up_inputs = hidden_states[tokens]
         gate_up_weight, gate_up_bias, down_weight, down_bias = expert_weights(expert)
         down_inputs = gating(F.linear(gate_up_inputs, gate_up_weight, gate_up_bias))
         expert_output = F.linear(down_inputs, down_weight, down_bias)
         if observe is not None:
-            observe(expert, gate_up_inputs, down_inputs, expert_output, routing_weights[chosen])
-        output.index_add_(0, tokens[chosen], expert_output.float() * routing_weights[chosen, None])
+            observe(expert, gate_up_inputs, down_inputs, expert_output, routing_weights)
+        output.index_add_(0, tokens, expert_output.float() * routing_weights[:, None])
     return output.to(hidden_states.dtype)
+
+
+def by_expert(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens in ascending order [n], their routing weights [n] float32) of every expert that has tokens,
+    in ascending order."""
+    experts, order = top_k_index.flatten().sort(stable=True)
+    tokens, routing_weights = order // top_k_index.shape[-1], top_k_weights.flatten()[order].float()
+    counts = experts[experts < num_experts].bincount(minlength=num_experts).tolist()
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            chosen = slice(start, start + count)
+            start += count
+            yield expert, tokens[chosen], routing_weights[chosen]
 
 
 def stacked_experts(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[int], ExpertWeights]:

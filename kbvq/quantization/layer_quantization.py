@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kbvq.errors import NumericalError
 from kbvq.method.projection import quantize_projection, report_projection
-from kbvq.method.target_weights import Goal, goal_of
+from kbvq.method.target_weights import TargetSums, goal_of
 from kbvq.models.calibration import (
     LayerRunner,
     ObservedBank,
@@ -23,7 +23,6 @@ from kbvq.models.calibration import (
     watch_inputs,
 )
 from kbvq.models.moe_adapters import ExpertBank
-from kbvq.models.ranks import Ranks
 from kbvq.quantization.attention_matching import match_attention_
 from kbvq.quantization.block_tuning import tune_banks
 from kbvq.quantization.dense import pack_linears_
@@ -107,60 +106,92 @@ def quantize_layer(
     if recipe.error_feedback:
         for bank, module in observed.items():
             order = module.sort_channels_(teacher_moments[bank]["down_proj"], banks[bank].down_proj.vector_dim)
-            teacher_moments[bank]["down_proj"] = teacher_moments[bank]["down_proj"].reorder(order)
+            moments = teacher_moments[bank].pop("down_proj")
+            if weights is None:  # else goals stand for them
+                teacher_moments[bank]["down_proj"] = moments.reorder(order)
+            del moments
     packed: dict[ExpertBank, dict[str, PackedProjection]] = {bank: {} for bank in banks}
-    seen: dict[ExpertBank, dict[str, InputMoments]] = {bank: {} for bank in banks}
     original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
-    goals: dict[ExpertBank, dict[str, Goal]] = {bank: {} for bank in banks}
+    coded: dict[ExpertBank, dict[str, _Coded]] = {bank: {} for bank in banks}
+    reports: dict[ExpertBank, dict[str, object]] = {bank: {"path": bank.path} for bank in banks}
+
+    def code(bank: ExpertBank, place: int, projection: str, moments: InputMoments, sums: TargetSums | None) -> _Coded:
+        order, module, own, goal = PROJECTIONS.index(projection), observed[bank], original[bank][projection], None
+        if sums is not None:
+            targets = sums.mapped(own) if order == 0 else sums
+            goal = goal_of(own, targets, moments, recipe.prior_tokens, team=run.ranks)
+            del sums, targets
+        try:
+            packed[bank][projection] = quantize_projection(
+                own,
+                teacher_moments[bank].pop(projection, moments),
+                moments,
+                getattr(banks[bank], projection),
+                recipe,
+                seed=_seed(seed, bank, place, order),
+                bias=module.original_biases.get(projection),
+                goal=goal,
+                team=run.ranks,
+            )
+        except NumericalError as error:
+            raise NumericalError(f"{bank.path}.{projection}: {error}") from error
+        module.use_(projection, packed[bank][projection])
+        return _Coded(own if goal is None else goal.weights, moments)
+
+    def report(bank: ExpertBank, projection: str, found: _Coded) -> None:
+        if "tokens" not in reports[bank]:
+            reports[bank]["tokens"] = found.moments.tokens.tolist()
+        reports[bank][projection] = dataclasses.asdict(
+            report_projection(
+                found.weights,
+                packed[bank][projection],
+                found.moments,
+                prior_tokens=recipe.prior_tokens,
+                team=run.ranks,
+            )
+        )
+
+    matched: dict[ExpertBank, tuple[InputMoments, TargetSums | None]]
     for order, projection in enumerate(PROJECTIONS):
+        # The statistics of a projection are the largest thing in memory: gone as soon as it is coded.
         if order == 0 and same_inputs:
-            for bank in banks:
-                seen[bank][projection] = teacher_moments[bank][projection]
+            matched = {bank: (teacher_moments[bank].pop(projection), None) for bank in banks}
         elif weights is None:
-            for bank, moments in watch_inputs(run, inputs, observed, (projection,), by_routing=by_routing).items():
-                seen[bank] |= moments
+            found = watch_inputs(run, inputs, observed, (projection,), by_routing=by_routing)
+            matched = {bank: (moments.pop(projection), None) for bank, moments in found.items()}
+        elif order == 0:
+            matched = dict(match_inputs(run, inputs, kept[0], weights, observed, by_routing=by_routing))
         else:
-            if order == 0:
-                matched = match_inputs(run, inputs, kept[0], weights, observed, by_routing=by_routing)
-            else:
-                matched = match_outputs(
-                    run, inputs, kept[0], teacher, weights, observed, original, by_routing=by_routing
-                )
-            for bank, (moments, sums) in matched.items():
-                seen[bank][projection] = moments
-                own = original[bank][projection]
-                targets = sums.mapped(own) if order == 0 else sums
-                goals[bank][projection] = goal_of(own, targets, moments, recipe.prior_tokens, team=run.ranks)
-        for place, (bank, module) in enumerate(observed.items()):
-            try:
-                packed[bank][projection] = quantize_projection(
-                    original[bank][projection],
-                    teacher_moments[bank].get(projection, seen[bank][projection]),
-                    seen[bank][projection],
-                    getattr(banks[bank], projection),
-                    recipe,
-                    seed=_seed(seed, bank, place, order),
-                    bias=module.original_biases.get(projection),
-                    goal=goals[bank].get(projection),
-                    team=run.ranks,
-                )
-            except NumericalError as error:
-                raise NumericalError(f"{bank.path}.{projection}: {error}") from error
-            module.use_(projection, packed[bank][projection])
+            matched = dict(
+                match_outputs(run, inputs, kept[0], teacher, weights, observed, original, by_routing=by_routing)
+            )
+        for place, bank in enumerate(banks):
+            coded[bank][projection] = code(bank, place, projection, *matched.pop(bank))
+            if not recipe.tuning_steps:
+                report(bank, projection, coded[bank].pop(projection))
     if recipe.tuning_steps:
-        packed = _tune(observed, packed, seen, run, inputs, teacher, recipe, seed=_seed(seed, next(iter(banks)), 0, 0))
+        packed = _tune(observed, packed, coded, run, inputs, teacher, recipe, seed=_seed(seed, next(iter(banks)), 0, 0))
+        for bank, projections in coded.items():
+            for projection, of_projection in projections.items():
+                report(bank, projection, of_projection)
     student, _ = run_and_watch(run, inputs, observed, (), by_routing=by_routing)
-    coded = {bank: original[bank] | {name: goal.weights for name, goal in goals[bank].items()} for bank in banks}
-    reports = [_report(bank, coded[bank], packed[bank], seen[bank], recipe, run.ranks) for bank in banks]
     on_cpu = {bank: {name: p.to("cpu") for name, p in projections.items()} for bank, projections in packed.items()}
     packed_banks = [PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks]
-    return LayerResult(packed_banks, teacher, student, reports, packed_matrices, matrix_reports, dense)
+    return LayerResult(packed_banks, teacher, student, list(reports.values()), packed_matrices, matrix_reports, dense)
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """Of a projection, for its report: the weights that were coded, and the moments of their inputs."""
+
+    weights: Tensor
+    moments: InputMoments
 
 
 def _tune(
     observed: dict[ExpertBank, ObservedBank],
     packed: dict[ExpertBank, dict[str, PackedProjection]],
-    moments: dict[ExpertBank, dict[str, InputMoments]],
+    coded: dict[ExpertBank, dict[str, _Coded]],
     run: LayerRunner,
     inputs: Tensor,
     targets: Tensor,
@@ -170,7 +201,7 @@ def _tune(
 ) -> dict[ExpertBank, dict[str, PackedProjection]]:
     tuned = tune_banks(
         {module: packed[bank] for bank, module in observed.items()},
-        {module: moments[bank] for bank, module in observed.items()},
+        {module: {name: of.moments for name, of in coded[bank].items()} for bank, module in observed.items()},
         run,
         inputs,
         targets,
@@ -179,29 +210,6 @@ def _tune(
         seed=seed,
     )
     return {bank: tuned[module] for bank, module in observed.items()}
-
-
-def _report(
-    bank: ExpertBank,
-    weights: dict[str, Tensor],
-    packed: dict[str, PackedProjection],
-    moments: dict[str, InputMoments],
-    recipe: Recipe,
-    ranks: Ranks,
-) -> dict[str, object]:
-    reports = {
-        projection: dataclasses.asdict(
-            report_projection(
-                weights[projection],
-                packed[projection],
-                moments[projection],
-                prior_tokens=recipe.prior_tokens,
-                team=ranks,
-            )
-        )
-        for projection in PROJECTIONS
-    }
-    return {"path": bank.path, "tokens": moments["gate_up_proj"].tokens.tolist(), **reports}
 
 
 def _seed(seed: int, bank: ExpertBank, place: int, order: int) -> int:

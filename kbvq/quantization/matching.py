@@ -25,8 +25,8 @@ from torch import Tensor
 
 from kbvq.method.target_weights import TargetSums, bounded
 from kbvq.method.team import sum_fields_
-from kbvq.models.calibration import LayerRunner, ObservedBank, recording
-from kbvq.models.expert_forward import run_bank, stacked_experts
+from kbvq.models.calibration import LayerRunner, ObservedBank, idle_suffices, recording
+from kbvq.models.expert_forward import by_expert, run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.structures import PROJECTIONS, InputMoments
 
@@ -66,14 +66,14 @@ def match_inputs(
         of_token = weights[part].flatten().to(run.device)
         for bank, module in observed.items():
             original = teacher_inputs[bank][part].flatten(0, 1).to(run.device)
-            inputs = module.recorded.inputs
-            for expert, tokens, routing, _ in _by_expert(module):
-                moments, sums = matched[bank]
-                found = inputs[tokens]
+            record = module.recorded
+            moments, sums = matched[bank]
+            for expert, tokens, routing in by_expert(record.top_k_index, record.top_k_weights, module.num_experts):
+                found = record.inputs[tokens]
                 mass = moments.add_(expert, found, routing, by_routing=by_routing, token_weights=of_token[tokens])
                 sums.add_(expert, original[tokens], found, mass)
 
-    return _run(run, student, observed, matched, add)
+    return _run(run, student, observed, matched, add, idle=idle_suffices(run, student, observed))
 
 
 def match_outputs(
@@ -149,8 +149,10 @@ def _run(
     observed: Mapping[ExpertBank, ObservedBank],
     matched: Matched,
     add: Callable[[slice, Tensor], None],
+    *,
+    idle: bool = False,
 ) -> Matched:
-    with recording(observed.values()):
+    with recording(observed.values(), idle=idle):
         run.watch(student, add)
     for moments, sums in matched.values():
         sum_fields_(run.ranks, moments, sums)
@@ -170,13 +172,9 @@ def _zeros(module: ObservedBank, projection: str) -> tuple[InputMoments, TargetS
 def _by_expert(module: ObservedBank) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """(expert, its tokens, their routing weights, inputs of down_proj) of what the module recorded."""
     record = module.recorded
-    _, order = record.top_k_index.flatten().sort(stable=True)  # as run_experts takes them
-    tokens, routing = order // record.top_k_index.shape[-1], record.top_k_weights.flatten()[order].float()
-    start = 0
-    for expert, inputs in record.down_inputs:
-        chosen = slice(start, start + len(inputs))
-        start += len(inputs)
-        yield expert, tokens[chosen], routing[chosen], inputs
+    routed = by_expert(record.top_k_index, record.top_k_weights, module.num_experts)
+    for (expert, tokens, routing), (_, inputs) in zip(routed, record.down_inputs, strict=True):
+        yield expert, tokens, routing, inputs
 
 
 def _is_additive(run: LayerRunner, module: ObservedBank, inputs: Tensor, outputs: Tensor) -> bool:

@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from kbvq.errors import ConfigError
 from kbvq.method.dense_matrix import WEIGHTS_AT_A_TIME
@@ -115,7 +117,8 @@ class RunPlan:
             whose = "this machine has" if max_memory is None else "--max-memory allows"
             raise ConfigError(
                 f"the run needs about {_amount(self.memory)} of memory and {whose} {_gigabytes(limit)}. Use a machine "
-                "with more, or another recipe; --max-memory SIZE says that so much may be taken"
+                "with more, or another recipe (calibration text takes next to none, it is on the disk); --max-memory "
+                "SIZE says that so much may be taken"
             )
         check_disk_space(output, int(self.disk.total))
 
@@ -193,46 +196,96 @@ def _disturbed_bytes_per_window(stream: LayerStream, sequence_length: int) -> in
 def peak_memory_bytes(
     stream: LayerStream, recipe: Recipe, *, samples: int, sequence_length: int, parts: DenseParts = NOTHING
 ) -> Amount:
-    """Largest memory that is in use at one time, by what holds it: that of the layer which needs most.
+    """Largest memory that is in use at one time, by what holds it.
 
     Activations are mapped from the disk and not counted, but for the batch that runs.
     """
-    size, hidden = stream.dtype.itemsize, stream.text_config.hidden_size
-    worst: dict[str, float] = {}
-    sizes = _layer_sizes(stream)
-    for index in range(stream.num_layers):
-        banks = [bank for bank in stream.banks if bank.decoder_layer == index]
-        weights = sum(_num_weights(bank) for bank in banks)
-        moments = {(bank, p): _moment_bytes(bank, p) for bank in banks for p in PROJECTIONS}
-        at_work = max((_coding_bytes(bank, p, recipe) for bank, p in moments), default=0)
-        widest = max([hidden, *(bank.intermediate_size * min(bank.num_experts, 8) for bank in banks)])
-        held = {
-            "program": _PROGRAM,
-            # As read, and once more with the intermediate channels of each expert in order, and as decoded.
-            "layer": size * (sizes[index] + 2 * weights),
-            # The teacher's and the student's; with matching, the sums that pair them, and the weights to be coded.
-            "statistics": (3 if recipe.matching else 2) * sum(moments.values()) + 4 * weights * recipe.matching,
-            "coding": at_work,
-            "batch": TOKENS_PER_BATCH * 4 * (4 * hidden + 2 * widest),
-        }
-        if matrices := parts.of_layer(index):
-            held["matrices"] = _dense_bytes(matrices)
-        if recipe.budget:
-            held["disturbed activations"] = disturbed_bytes(stream, samples, sequence_length)
-        if sum(held.values()) > sum(worst.values()):
-            worst = held
+    disturbed = disturbed_bytes(stream, samples, sequence_length) if recipe.budget else 0
+    moments = [phase for i in range(stream.num_layers) for phase in _layer_moments(stream, recipe, i, disturbed, parts)]
     if ends := parts.ends:
         weights = sum(format.weight.num_weights for format in ends)
-        outer = {"program": _PROGRAM, "embedding and head": 3 * size * weights, "matrices": _dense_bytes(ends)}
-        if sum(outer.values()) > sum(worst.values()):
-            worst = outer
+        size = stream.dtype.itemsize
+        moments.append({"embedding and head": 3 * size * weights, "matrices": _dense_bytes(ends)})
     if recipe.distillation_steps:
         tuned = _tuning_bytes(stream, recipe)
         if inside := parts.inside:
             tuned["matrices"] = _dense_bytes(inside)
-        if sum(tuned.values()) > sum(worst.values()):
-            worst = tuned
-    return Amount(worst)
+        moments.append(tuned)
+    return Amount({"program": _PROGRAM} | max(moments, key=lambda held: sum(held.values())))
+
+
+def _layer_moments(
+    stream: LayerStream, recipe: Recipe, index: int, disturbed: int, parts: DenseParts
+) -> list[dict[str, float]]:
+    """What is in memory at the moments of a decoder layer's work that may need most (sensitivity, layer_quantization),
+    in bytes by what holds it."""
+    size, hidden = stream.dtype.itemsize, stream.text_config.hidden_size
+    layer = stream.model.get_submodule(stream.layers_path)[index]
+    banks = [bank for bank in stream.banks if bank.decoder_layer == index]
+    weights = sum(_num_weights(bank) for bank in banks)
+    top_k = getattr(stream.text_config, "num_experts_per_tok", None) or 2
+    used = sum((top_k if b.kind == "routed" else 1) * (b.intermediate_size + hidden) for b in banks)
+    held: dict[str, float] = {
+        # As read, and a copy: with the channels of each expert in order while they are sorted, then as decoded.
+        "layer": size * (sum(p.numel() for p in layer.parameters()) + weights),
+        # Inputs and outputs of the layer's parts, and what each expert that a token meets is given and gives.
+        "batch": 4 * TOKENS_PER_BATCH * (8 * hidden + used),
+    }
+    of = {p: [_moment_bytes(bank, p) for bank in banks] for p in PROJECTIONS}
+    matched = recipe.matching and index > 0  # in the first layer of a model the inputs are the original's
+    found: list[dict[str, float]] = []
+    if recipe.budget and banks:
+        both = sum(map(sum, of.values()))
+        probe = held | {"disturbed activations": disturbed}
+        found.append(probe | {"statistics": both + 2 * sum(of["down_proj"])})  # while those of down are put in order
+        found += [
+            probe
+            | {
+                "statistics": both,
+                "noise": _moment_bytes(bank, p) + 4 * 2 * _size(bank, p) + 8 * 6 * bank.projection_shape(p)[2] ** 2,
+            }
+            for bank in banks
+            for p in PROJECTIONS
+        ]
+    # Of the original: of both projections where its inputs are those of the student, else those of down.
+    teacher = sum(of["down_proj"]) + (0 if matched else sum(of["gate_up_proj"]))
+    if recipe.matching:
+        found.append(held | {"statistics": teacher, "attention": _attention_bytes(layer, hidden, banks)})
+    if matrices := parts.of_layer(index):
+        found.append(held | {"statistics": teacher, "matrices": _dense_bytes(matrices)})
+    for projection in PROJECTIONS:
+        statistics = sum(of[projection]) + (0 if recipe.matching else teacher)
+        paired = [4 * bank.num_experts * hidden * bank.projection_shape(projection)[2] for bank in banks]
+        goals = recipe.matching and (matched or projection == "down_proj")
+        for place, bank in enumerate(banks):
+            copies = 4 * _size(bank, projection)
+            if goals:  # the bank's, and for gate and up what they would give for the inputs that are wanted
+                n, outputs = bank.projection_shape(projection)[2], bank.projection_shape(projection)[1]
+                targets = copies * (2 if projection == "gate_up_proj" else 1) + 8 * 3 * n * (n + outputs)
+                found.append(held | {"statistics": statistics + sum(paired[place:]), "goals": targets})
+            found.append(
+                held
+                | {
+                    "statistics": statistics + goals * sum(paired[place + 1 :]),
+                    "goals": goals * copies,
+                    "coding": _coding_bytes(bank, projection, recipe) + (0 if goals else copies),
+                }
+            )
+    return found or [held]
+
+
+def _attention_bytes(layer: nn.Module, hidden: int, banks: Sequence[ExpertBank]) -> float:
+    """Memory while the output projection of the layer's attention is fitted (attention_matching); which of the linear
+    maps that is turns out when the layer runs: bounded by the widest."""
+    inside = tuple(bank.path.partition(f".{bank.decoder_layer}.")[2] for bank in banks)
+    candidates = [
+        module.in_features
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == hidden and not name.startswith(inside)
+    ]
+    widest = max(candidates, default=0)
+    sums, solved = 4 * widest * (widest + hidden), 8 * 3 * widest * (widest + hidden)
+    return sums + solved + 4 * TOKENS_PER_BATCH * hidden * len(candidates)
 
 
 def available_memory(device: torch.device) -> int:
@@ -250,22 +303,28 @@ def available_memory(device: torch.device) -> int:
 
 
 def _num_weights(bank: ExpertBank) -> int:
-    return sum(e * o * i for e, o, i in (bank.projection_shape(p) for p in PROJECTIONS))
+    return sum(_size(bank, projection) for projection in PROJECTIONS)
+
+
+def _size(bank: ExpertBank, projection: str) -> int:
+    return prod(bank.projection_shape(projection))
 
 
 def _moment_bytes(bank: ExpertBank, projection: str) -> int:
+    """Of the second moments of its inputs, in float32."""
     experts, _, inputs = bank.projection_shape(projection)
     return 4 * experts * inputs * inputs
 
 
 def _coding_bytes(bank: ExpertBank, projection: str, recipe: Recipe) -> int:
-    """Memory while a projection is coded, beside its weights and statistics."""
+    """Memory while a projection is coded, beside its weights in float32 and its statistics."""
     experts, outputs, inputs = bank.projection_shape(projection)
-    copies = 4  # scaled, in coding order, the errors, and what k-means or the codes take
-    factors = 3 if recipe.error_feedback else 0  # one by one, stacked, scaled
-    if recipe.codebook == "trellis":
-        copies += 2  # an index of 8 bytes for each weight
-    return 4 * copies * experts * outputs * inputs + factors * _moment_bytes(bank, projection)
+    copies = 4  # without the shared basis, scaled, in coding order, and the errors
+    if recipe.codebook != "trellis":
+        copies += 1  # two planes of codes of 8 bytes for every vector, and once more as they are put together
+    factors = _moment_bytes(bank, projection) if recipe.error_feedback else 0
+    # One expert's factor is made in float64: its moment, damped, flipped, and factorised.
+    return 4 * copies * experts * outputs * inputs + factors + 8 * 4 * inputs**2
 
 
 def _dense_bytes(matrices: Sequence[MatrixFormat]) -> int:
@@ -277,12 +336,6 @@ def _dense_bytes(matrices: Sequence[MatrixFormat]) -> int:
     return statistics + 24 * widest**2 + 4 * 10 * min(largest, WEIGHTS_AT_A_TIME) + largest
 
 
-def _layer_sizes(stream: LayerStream) -> list[int]:
-    """Weights of each decoder layer."""
-    layers = stream.model.get_submodule(stream.layers_path)
-    return [sum(p.numel() for p in layer.parameters()) for layer in layers.children()]
-
-
 def _tuning_bytes(stream: LayerStream, recipe: Recipe) -> dict[str, float]:
     """End-to-end tuning has the whole model in memory."""
     num_weights = sum(_num_weights(bank) for bank in stream.banks)
@@ -292,7 +345,6 @@ def _tuning_bytes(stream: LayerStream, recipe: Recipe) -> dict[str, float]:
     # A trellis keeps its packed codes, a table an index of 4 bytes for every vector.
     each = MAX_BITS / 8 if recipe.codebook == "trellis" else 1.0
     return {
-        "program": _PROGRAM,
         "dense weights": others * stream.dtype.itemsize,
         # The trained ones in float32, with their gradients and both moments of Adam.
         "tuning": 16 * sum(parameter.numel() for parameter in trained.values()) * bool(recipe.dense_rate),

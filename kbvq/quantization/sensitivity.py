@@ -145,9 +145,10 @@ def probe_layer(
             growth[site], bias_shares[site] = law.growth, law.bias_share
             white = law.white(generator)
             for rate in rates:
-                module.set_(projection, weights.float() + law.noise(white, rate), None)
+                module.set_(projection, law.noise(white, rate).add_(weights), None)
                 disturbed[site, rate] = run.batch(inputs[:num_probed]).cpu()
             module.set_(projection, weights, None)
+            del law, white  # before those of the next projection
     return LayerProbe(outputs, growth, bias_shares, peaks)
 
 
@@ -203,34 +204,38 @@ class NoiseLaw:
 
     def noise(self, white: Tensor, rate: int) -> Tensor:
         """Noise of a rate [E, out_features, n] float32 from white values."""
-        scaled = white * self.spread[..., None] * self.deviations[rate][:, None]
-        noise = torch.linalg.solve_triangular(self.factor, scaled, upper=True, left=False)
-        return noise[..., self.order.argsort()]
+        noise, back, deviations = torch.empty_like(white), self.order.argsort(), self.deviations[rate]
+        for expert, of_expert in enumerate(white):  # one at a time: copies of all experts are large
+            scaled = of_expert * self.spread[expert][:, None] * deviations[expert]
+            noise[expert] = torch.linalg.solve_triangular(self.factor[expert], scaled, upper=True, left=False)[:, back]
+        return noise
 
 
 def noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tuple[int, ...]) -> NoiseLaw:
     """Of a projection, for the probed code rates."""
     order = channel_order(moments.pooled_second_moment(), 1)
     rates = {rate: code.distortion for rate, code in CODES[recipe.codebook].items()}
-    residuals = _residuals(weights.float(), moments, recipe)
-    spreads = {rank: row_scales(residual) for rank, residual in residuals.items()}
+    residuals = _Residuals(weights, moments, recipe)
+    spread = weights.new_empty(weights.shape[:2], dtype=torch.float32)
     # Summed on the device: a GPU would be waited for at every number that the host asks for.
-    energy = torch.zeros(len(rates), len(residuals), dtype=torch.float64, device=weights.device)
+    energy = torch.zeros(len(rates), len(residuals.ranks), dtype=torch.float64, device=weights.device)
     constant = energy.new_zeros(())
-    factors = []
+    n = weights.shape[2]
+    factors = torch.empty(len(weights), n, n, device=weights.device)
     deviations: dict[int, list[Tensor]] = {rate: [] for rate in probed}
     for expert in range(len(weights)):
         second_moment, mean = moments.expert_moments(expert, recipe.prior_tokens)
-        factor = upper_factor(second_moment[order][:, order], recipe.damping)
+        factors[expert] = factor = upper_factor(second_moment[order][:, order], recipe.damping)
         passing, diagonal = error_passing(factor), factor.diagonal().square()
-        own = torch.stack(
-            [
-                (residual[expert][:, order] / spreads[rank][expert, :, None]).square().mean(0)
-                for rank, residual in residuals.items()
-            ],
-            1,
-        )  # [n, ranks], rank 0 first
-        mass = moments.mass[expert] * torch.stack([spread[expert].square().sum() for spread in spreads.values()])
+        variances_of_rank, masses = [], []
+        for rank in residuals.ranks:
+            residual = residuals.of(expert, rank)
+            scales = row_scales(residual)
+            if not rank:
+                spread[expert] = scales
+            variances_of_rank.append((residual[:, order] / scales[:, None]).square().mean(0))
+            masses.append(scales.square().sum())
+        own, mass = torch.stack(variances_of_rank, 1), moments.mass[expert] * torch.stack(masses)  # [n, ranks], [ranks]
         for place, (rate, distortion) in enumerate(rates.items()):
             variances = distortion * diagonal[:, None] * target_variances(passing, own, distortion)
             energy[place] += mass * variances.sum(0)
@@ -240,26 +245,35 @@ def noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tu
                 # The constant input in the coordinates of M: what it sums up of the error is the same for all tokens.
                 direction = torch.linalg.solve_triangular(factor, mean[order][:, None], upper=True)[:, 0]
                 constant += mass[0] * (variances[:, 0] * direction.square()).sum()
-        factors.append(factor)
-    energies = dict(zip(((rate, rank) for rate in rates for rank in residuals), energy.flatten().tolist(), strict=True))
+    energies = dict(
+        zip(((rate, rank) for rate in rates for rank in residuals.ranks), energy.flatten().tolist(), strict=True)
+    )
     lowest = max(energies[probed[0], 0], 1e-30)
     return NoiseLaw(
         order,
-        spreads[0],
-        torch.stack(factors),
+        spread,
+        factors,
         {rate: torch.stack(of_rate) for rate, of_rate in deviations.items()},
         growth={option: of_option / lowest for option, of_option in energies.items()},
         bias_share=constant.item() / lowest,
     )
 
 
-def _residuals(weights: Tensor, moments: InputMoments, recipe: Recipe) -> dict[int, Tensor]:
-    """What is left to the codes, [E, out_features, in_features], by the rank of the shared basis."""
-    ranks = recipe.ranks(weights.shape[-1])
-    residuals = {0: weights}
-    if max(ranks):
-        moment = moments.pooled_second_moment() if recipe.klt else None
-        basis, coefficients = shared_low_rank(weights, moment, max(ranks))
+class _Residuals:
+    """What is left to the codes by the rank of the shared basis, of an expert at a time: all at once would be as many
+    copies of the weights as there are ranks. ranks: 0 first."""
+
+    def __init__(self, weights: Tensor, moments: InputMoments, recipe: Recipe) -> None:
+        self._weights, ranks = weights, recipe.ranks(weights.shape[-1])
+        self.ranks = sorted({0, *ranks})
+        if max(ranks):
+            moment = moments.pooled_second_moment() if recipe.klt else None
+            self._basis, self._coefficients = shared_low_rank(weights, moment, max(ranks))
+
+    def of(self, expert: int, rank: int) -> Tensor:
+        """[out_features, in_features] float32."""
+        weight = self._weights[expert].float()
+        if not rank:
+            return weight
         # The directions come in descending order, so those of a lower rank are the first ones.
-        residuals |= {rank: weights - coefficients[..., :rank] @ basis[:rank] for rank in ranks if rank}
-    return residuals
+        return weight - self._coefficients[expert][:, :rank] @ self._basis[:rank]

@@ -13,6 +13,7 @@ dataclass of its own is added to `pipeline.CARRIED`). Tensors too large for memo
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,11 +55,13 @@ def run_stages(stages: Sequence[Stage], work: WorkFolder, *, shown: bool = True)
     try:
         for stage, index in steps[work.done :]:
             progress.start(stage.name)
+            started = time.process_time()
             step = stage.step(index, carry)
             taken = progress.finish(stage.name, step.text)
             seconds[stage.name].append(taken)
             line = {"stage": stage.name, "step": index, "steps": stage.steps, "seconds": taken}
-            work.commit(step.carry, line | {"peak_memory": peak_memory()} | dict(step.metrics))
+            line |= {"cpu_seconds": time.process_time() - started, "peak_memory": peak_memory()}
+            work.commit(step.carry, line | dict(step.metrics))
             carry = step.carry
     finally:
         progress.close()
