@@ -7,7 +7,12 @@
 #   MODELS="Qwen/Qwen1.5-MoE-A2.7B" eval/reproduce_paper.sh WORK
 #
 # Calibration: 256 windows of 4096 tokens of RedPajama, seed 42; perplexity on WikiText2 in windows of 4096, seven zero-shot
-# tasks. Variables for a trial on a small model: MODELS, CALIBRATION, SAMPLES, LENGTH, EVALUATE (arguments of kbvq eval).
+# tasks. The ablations (rank, codebook size, windows of calibration, either half of BCOS, and both parts over second-order
+# error feedback as in GPTVQ) are run on ABLATE. At the end eval/paper_table.py writes published and own numbers side by
+# side to RESULTS (docs/results/paper.json and .md).
+#
+# Variables for a trial on a small model: MODELS, ABLATE, CALIBRATION, SAMPLES, LENGTH, QUANTIZE and EVALUATE (arguments of
+# kbvq quantize and kbvq eval), RESULTS, KBVQ and PYTHON.
 #
 # Expected on one 80 GB GPU, estimated and not yet measured: 16-bit sizes 29 GB (Qwen1.5-MoE), 31 GB (DeepSeek-V2-Lite),
 # 61 GB (Qwen3-30B-A3B), 93 GB (Mixtral-8x7B); about a quarter of that written for each rate; one to six hours a model
@@ -21,7 +26,11 @@ calibration=${CALIBRATION:-togethercomputer/RedPajama-Data-1T-Sample}
 samples=${SAMPLES:-256}
 length=${LENGTH:-4096}
 evaluate=${EVALUATE:---suite paper --window 4096}
+ablate=${ABLATE-Qwen/Qwen1.5-MoE-A2.7B}
+quantize=${QUANTIZE:-}
+results=${RESULTS:-docs/results/paper.json}
 kbvq=${KBVQ:-kbvq}
+here=$(dirname "$0")
 mkdir -p "$work"
 
 run() {
@@ -36,8 +45,9 @@ row() {
     local folder
     folder=$work/$(basename "$model")-$name-$bits
     if [ ! -e "$folder/kbvq_manifest.json" ]; then
+        # shellcheck disable=SC2086
         run $kbvq quantize --model "$model" --output "$folder" --recipe paper --bits "$bits" --calibration "$calibration" \
-            --samples "$samples" --sequence-length "$length" --seed 42 "$@"
+            --samples "$samples" --sequence-length "$length" --seed 42 $quantize "$@"
     fi
     if [ ! -e "$folder.json" ]; then
         # shellcheck disable=SC2086
@@ -54,3 +64,20 @@ for model in $models; do
     done
     row svd 2 "$model" --no-klt
 done
+
+for model in $ablate; do
+    for divisor in 32 64 256; do # the paper's is 128: ranks of 4, 2 and half of its width over it
+        row "rank$divisor" 2 "$model" --set rank_divisor=$divisor
+    done
+    row kbvq 1 "$model" # 16 codewords; 2 bits have 256 and 3 bits 4096
+    for windows in 16 64 128; do
+        row "samples$windows" 2 "$model" --samples $windows
+    done
+    for part in mean variance; do
+        row "bcos-$part" 2 "$model" --no-idre --set bcos_part=$part
+    done
+    row feedback 2 "$model" --no-idre --no-bcos --set error_feedback=true
+    row feedback-kbvq 2 "$model" --set error_feedback=true
+done
+
+run "${PYTHON:-python}" "$here/paper_table.py" "$work" --results "$results"

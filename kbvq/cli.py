@@ -17,7 +17,7 @@ from kbvq.errors import ConfigError, KbvqError
 from kbvq.models.calibration_text import DEFAULT_CALIBRATION
 from kbvq.models.ranks import launched_index
 from kbvq.quantization.pipeline import QuantizeOptions, dry_run, quantize_model
-from kbvq.recipes import CODES, DENSE_BITS, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe
+from kbvq.recipes import CODES, DENSE_BITS, MAX_BITS, MIN_BITS, RECIPE_NAMES, make_recipe, parse_change
 from kbvq.reporting import write_documents
 from kbvq.reporting.run_report import read_run
 from kbvq.reporting.summary import summary_text
@@ -97,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--no-bcos", dest="bcos", action="store_false", help="no output scale and bias correction")
     quantize.add_argument(
         "--no-budget", dest="budget", action="store_false", help="the same code bits for every projection"
+    )
+    quantize.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other field of the recipe (kbvq/recipes.py), for experiments, e.g. rank_divisor=64; may be repeated",
     )
     quantize.add_argument("--codebook", choices=tuple(CODES), help="code format (default: the recipe's)")
     quantize.add_argument(
@@ -183,6 +190,7 @@ def _quantize(options: argparse.Namespace) -> None:
     for name in ("idre", "codebook", "codebook_scope"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
+    changes |= dict(map(parse_change, options.set))
     wanted = QuantizeOptions(
         model=options.model,
         output=options.output,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 
 from kbvq.errors import ConfigError
 from kbvq.structures import ProjectionFormat
@@ -103,6 +104,8 @@ class Recipe:
         budget chooses from BUDGET_RANKS.
     factor_dtype, codebook_dtype: storage of basis and coefficients, and of codewords: "float16" or "int8".
     bcos: scale and bias per output channel that restore the teacher's output statistics.
+    bcos_part: "both" of them, or the "mean" or the "variance" alone, by the bias or by the scale, for comparisons and
+        without a budget.
     error_feedback: code the channels in turn, each for the errors made before it, under the second moments of each
         expert's inputs (error_feedback), with the codebooks refitted `refits` times to the weighted error.
     damping: added to the diagonal of a second moment there, as a fraction of its mean.
@@ -132,6 +135,7 @@ class Recipe:
     factor_dtype: str = "float16"
     codebook_dtype: str = "float16"
     bcos: bool = True
+    bcos_part: str = "both"
     error_feedback: bool = False
     refits: int = 2
     damping: float = 0.01
@@ -170,6 +174,10 @@ class Recipe:
             )
         if self.dense_bits not in DENSE_BITS:
             raise ConfigError(f"--dense-bits {self.dense_bits} is not supported; choose 16, 8 or 4")
+        if self.bcos_part not in ("both", "mean", "variance"):
+            raise ConfigError(f"bcos_part must be both, mean or variance, not {self.bcos_part!r}")
+        if self.bcos_part != "both" and (self.budget or not self.bcos):
+            raise ConfigError(f"bcos_part {self.bcos_part} needs bcos, and no budget, which chooses biases by itself")
         if self.column_scale and not self.error_feedback:
             raise ConfigError("column scales are made for error feedback; switch both on or both off")
         if self.codebook == "trellis" and not self.error_feedback:
@@ -226,7 +234,7 @@ class Recipe:
             num_stages=code.num_stages,
             num_codebooks=num_experts if self.codebook_scope == "expert" and not trellis else 1,
             has_scale=self.row_scale or self.bcos,
-            has_bias=self.bcos if bias is None else bias,
+            has_bias=self.bcos and self.bcos_part != "variance" if bias is None else bias,
             rank=self.ranks(in_features)[0] if rank is None else rank,
             factor_dtype=self.factor_dtype,
             signed=code.signed,
@@ -304,3 +312,24 @@ def make_recipe(name: str, bits: float, **changes: object) -> Recipe:
     if name not in _RECIPES:
         raise ConfigError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPE_NAMES)}")
     return Recipe(name=name, bits=bits, **_RECIPES[name] | changes)  # type: ignore[arg-type]
+
+
+def parse_change(text: str) -> tuple[str, object]:
+    """A field of the recipe and its value out of "NAME=VALUE", the value written as in JSON or, a word, as it is.
+
+    Raises ConfigError for what is no field, for a value of another type than the field's default, and for the name and
+    the bits, which have options of their own.
+    """
+    name, _, value = text.partition("=")
+    defaults = {field.name: field.default for field in fields(Recipe) if field.name not in ("name", "bits")}
+    if name not in defaults:
+        raise ConfigError(f"--set {text}: no field of a recipe; choose one of {', '.join(defaults)}")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    default = defaults[name]
+    wanted = (int, type(None)) if default is None else (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(parsed, wanted) or (isinstance(parsed, bool) and default is not True and default is not False):
+        raise ConfigError(f"--set {text}: {value!r} is no value for {name}, whose default is {default!r}")
+    return name, parsed

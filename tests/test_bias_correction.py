@@ -1,6 +1,12 @@
+import pytest
 import torch
+from quantizing import quantize
+from safetensors.torch import load_file
+from tiny_models import save_tiny_model
 
+from kbvq.errors import ConfigError
 from kbvq.method.bias_correction import SLOPE_LIMITS, bias_correction, output_moments
+from kbvq.recipes import make_recipe
 
 
 def tokens(count=500, width=6, seed=0):
@@ -25,6 +31,23 @@ def test_corrected_outputs_have_the_teachers_mean_and_deviation():
     corrected, outputs = (inputs @ quantized.T) * slope + bias, inputs @ weight.T
     torch.testing.assert_close(corrected.mean(0), outputs.mean(0), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(corrected.std(0), outputs.std(0), rtol=1e-3, atol=1e-3)
+
+
+def test_either_half_of_the_correction_is_stored_alone(tmp_path, text):
+    save_tiny_model(tmp_path / "original", "qwen3_moe")
+    stored = {}
+    for part in ("mean", "variance"):
+        recipe = make_recipe("paper", 2, kmeans_iterations=1, idre=False, bcos_part=part)
+        quantize(tmp_path / "original", tmp_path / part, text, recipe)
+        files = sorted((tmp_path / part).glob("*.safetensors"))
+        stored[part] = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    scales = [tensor for name, tensor in stored["mean"].items() if name.endswith("_proj_scale")]
+    assert scales and all(bool((scale == 1).all()) for scale in scales)
+    assert any(name.endswith("_proj_bias") for name in stored["mean"])
+    assert not any(name.endswith("_proj_bias") for name in stored["variance"])
+    assert any(bool((t != 1).any()) for name, t in stored["variance"].items() if name.endswith("_proj_scale"))
+    with pytest.raises(ConfigError, match="no budget"):
+        make_recipe("default", 2, bcos_part="mean")
 
 
 def test_a_channel_without_variance_keeps_its_slope_and_extremes_are_bounded():

@@ -48,13 +48,18 @@ def compare(
 ) -> list[Compared]:
     """Score every model; print the table, and write it, its numbers and its picture to the folder `output`.
 
-    Options as of `kbvq_eval.run.evaluate`. Raises ConfigError for fewer than two models or two of one name.
+    Options as of `kbvq_eval.run.evaluate`. Raises ConfigError for fewer than two models, for two of one name, and
+    without matplotlib.
     """
     names = [Path(model).name for model in models]
     if len(models) < 2 or len(set(names)) < len(names):
         raise ConfigError(f"compare needs models whose folders have different names, not {', '.join(names)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"the picture needs matplotlib ({error}); pip install 'kbvq[report]'") from error
     text = load_text(perplexity)
     folders = {model: _folder(model) for model in (baseline, *models)}
     original = LoadedModel(baseline, device, dtype)
@@ -106,11 +111,9 @@ def markdown(rows: Sequence[Compared]) -> str:
 
 
 def draw(rows: Sequence[Compared], path: Path) -> None:
-    """KL against true bits and against the whole size, as SVG. Raises ConfigError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f"the picture needs matplotlib ({error}); pip install 'kbvq[report]'") from error
+    """KL against true bits and against the whole size, as SVG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     places = {
         "bits per expert weight, everything stored": [row.size.bits for row in rows],

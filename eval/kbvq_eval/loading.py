@@ -79,7 +79,9 @@ class LoadedModel:
             load = _load_gptq if self.method == "gptq" else self._load
             try:
                 self._model = load(self.path, DTYPES[self.dtype], self.device).eval()
-            except (OSError, ValueError, ImportError) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except (OSError, ValueError, ImportError, RuntimeError) as error:
                 raise CheckpointError(f"cannot load {self.path}: {error}") from error
         return self._model
 

@@ -108,7 +108,7 @@ def quantize_projection(
     if format.has_scale:
         tensors["scale"] = scale.half() * weights.any(-1)  # not every code has a codeword of zeros for a row of zeros
     if recipe.bcos:
-        corrected = _correct_outputs(weights, format, tensors, teacher, student, recipe.prior_tokens, goal, team)
+        corrected = _correct_outputs(weights, format, tensors, teacher, student, recipe, goal, team)
         tensors |= corrected if format.has_bias else {"scale": corrected["scale"]}
     elif recipe.row_scale:
         tensors["scale"] = _least_squares_scale(weights, format, tensors, student, recipe.prior_tokens)
@@ -182,12 +182,12 @@ def _correct_outputs(
     tensors: dict[str, Tensor],
     teacher: InputMoments,
     student: InputMoments,
-    prior_tokens: float,
+    recipe: Recipe,
     goal: Goal | None,
     team: Team,
 ) -> dict[str, Tensor]:
     """Scale and bias after BCOS: the slope multiplies the row scale. Both float16."""
-    experts, form = team.share(len(weights)), expand(format, tensors)
+    experts, form, prior_tokens = team.share(len(weights)), expand(format, tensors), recipe.prior_tokens
     scales, biases = (weights.new_empty(len(experts), weights.shape[1]) for _ in range(2))
     for place, expert in enumerate(experts):
         weight = weights[expert]
@@ -197,7 +197,10 @@ def _correct_outputs(
         else:
             wanted = goal.mean[expert], output_moments(weight, *of_student)[1]
         quantized = dequantize_expert(*form, expert)
-        slope, biases[place] = bias_correction(wanted, output_moments(quantized, *of_student))
+        given = output_moments(quantized, *of_student)
+        if recipe.bcos_part == "mean":
+            wanted = (wanted[0], given[1])
+        slope, biases[place] = bias_correction(wanted, given)
         scales[place] = tensors["scale"][expert].float() * slope
     scales, biases = (gather(team, own, len(weights)) for own in (scales, biases))
     return {"scale": scales.half(), "bias": biases.half()}
