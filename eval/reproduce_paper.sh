@@ -11,7 +11,7 @@
 # error feedback as in GPTVQ) are run on ABLATE. At the end eval/paper_table.py writes published and own numbers side by
 # side to RESULTS (docs/results/paper.json and .md).
 #
-# Variables for a trial on a small model: MODELS, ABLATE, CALIBRATION, SAMPLES, LENGTH, QUANTIZE and EVALUATE (arguments of
+# Variables for a trial on a small model: MODELS, BITS, ABLATE, CALIBRATION, SAMPLES, LENGTH, QUANTIZE and EVALUATE (arguments of
 # kbvq quantize and kbvq eval), RESULTS, KBVQ and PYTHON.
 #
 # Expected on one 80 GB GPU, estimated and not yet measured: 16-bit sizes 29 GB (Qwen1.5-MoE), 31 GB (DeepSeek-V2-Lite),
@@ -56,7 +56,7 @@ row() {
 }
 
 for model in $models; do
-    for bits in 2 3; do
+    for bits in ${BITS:-2 3}; do
         row kbvq "$bits" "$model"
         row vq "$bits" "$model" --no-idre --no-bcos
         row idre "$bits" "$model" --no-bcos

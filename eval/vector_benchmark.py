@@ -2,12 +2,14 @@
 
     python eval/vector_benchmark.py [--output docs/results]
     python eval/vector_benchmark.py --quick --output quick     # seconds, meaningless figures
+    python eval/vector_benchmark.py --files bigann1m learn.bvecs base.bvecs query.bvecs   # published vectors
 
 Writes vectors.json and vectors.md, anew after every seed. Two sources of vectors: a Gaussian mixture in 64 dimensions
 and the 256-dimensional hidden states of the bundled model. Every quantizer is trained on the same vectors, encodes
 others, the base, and is judged by the mean squared error of the base and by recall@1: the share of queries whose
 nearest base vector is still the nearest one after the base was compressed; the queries are not compressed.
-One core, about 30 minutes.
+One core, about 30 minutes. With --files the vectors are those of files (vector_files.py) instead, by default as many as
+RQ-MoE's paper takes, and the two files are called by the name that is given.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from qinco import QINCo
 from torch import Tensor
 from tqdm import tqdm
+from vector_files import read_vectors
 
 from kbvq.codes.kmeans import nearest_codeword
 from kbvq.codes.residual_quantization import fit_residual_codebooks, residual_decode, residual_encode
@@ -340,9 +343,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--held-out", choices=["test", "validation"], default="test", help="text of base and queries")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of RQ, QINCo and RQ-MoE")
     parser.add_argument("--no-faiss", action="store_true", help="leave out faiss's quantizers")
+    parser.add_argument(
+        "--files",
+        nargs=4,
+        metavar=("NAME", "TRAIN", "BASE", "QUERIES"),
+        help="vectors of three files in place of --data: .fvecs, .bvecs, .fbin, .u8bin, .npy",
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs=3, default=[500_000, 1_000_000, 10_000], help="vectors of the three files"
+    )
+    parser.add_argument("--epochs", type=int, nargs=2, default=[3, 9], help="of QINCo and RQ-MoE on --files")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a check that it runs")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
+    name = "vectors"
+    if options.files:
+        name, *paths = options.files
+        options.data = [name]
+        read = [read_vectors(Path(path), count) for path, count in zip(paths, options.counts, strict=True)]
+        if len({vectors.shape[1] for vectors in read}) > 1:
+            parser.error(f"the three files have dimensions {', '.join(str(v.shape[1]) for v in read)}; they must agree")
+        settings = replace(
+            settings,
+            train_vectors={name: options.counts[0]},
+            base_vectors=options.counts[1],
+            queries=options.counts[2],
+            epochs={name: dict(zip(("QINCo", "RQ-MoE"), options.epochs, strict=True))},
+        )
     torch.set_num_threads(1)
     setting = {**asdict(settings), "held_out": options.held_out, "torch": torch.__version__}
     if not options.no_faiss:
@@ -355,7 +382,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     benchmarks = {}
     for data in options.data:
-        if data == "mixture":
+        if options.files:
+            vectors = Vectors(*read)
+        elif data == "mixture":
             vectors = gaussian_mixture(settings, seed=0)
         else:
             vectors = hidden_states(settings, options.model, options.held_out)
@@ -363,11 +392,19 @@ def main(arguments: list[str] | None = None) -> None:
     passes = {d: ", ".join(f"{n} {e} passes" for n, e in epochs.items()) for d, epochs in settings.epochs.items()}
     dims = {data: benchmark.vectors.train.shape[1] for data, benchmark in benchmarks.items()}
     descriptions = {
-        "mixture": f"Gaussian mixture: {dims.get('mixture')} dimensions, {settings.mixture_components} components, "
-        f"{settings.train_vectors['mixture']} training vectors ({passes['mixture']})",
-        "hidden": f"Hidden states of the bundled model after layer {settings.hidden_layer}: {dims.get('hidden')} "
-        f"dimensions, {settings.train_vectors['hidden']} training vectors ({passes['hidden']})",
+        data: f"{data}: {dims[data]} dimensions, {settings.train_vectors[data]} training vectors ({passes[data]})"
+        for data in benchmarks
     }
+    descriptions |= (
+        {}
+        if options.files
+        else {
+            "mixture": f"Gaussian mixture: {dims.get('mixture')} dimensions, {settings.mixture_components} components, "
+            f"{settings.train_vectors['mixture']} training vectors ({passes['mixture']})",
+            "hidden": f"Hidden states of the bundled model after layer {settings.hidden_layer}: {dims.get('hidden')} "
+            f"dimensions, {settings.train_vectors['hidden']} training vectors ({passes['hidden']})",
+        }
+    )
     conditions = (
         f"One core, torch {torch.__version__}"
         + (f", faiss {setting['faiss']}" if "faiss" in setting else "")
@@ -385,8 +422,8 @@ def main(arguments: list[str] | None = None) -> None:
     def write() -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         record = {"setting": setting, "results": [asdict(r) for r in results], "speeds": [asdict(s) for s in speeds]}
-        (options.output / "vectors.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.output / "vectors.md").write_text(markdown(results, speeds, descriptions, conditions))
+        (options.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.output / f"{name}.md").write_text(markdown(results, speeds, descriptions, conditions))
 
     for seed in range(options.seeds):
         for benchmark in benchmarks.values():

@@ -194,9 +194,11 @@ def test_gptq_is_loaded_by_its_own_loader(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gptqmodel", fake)
     save_tiny_model(tmp_path / "dense", "qwen3_moe")
     folder = packed_by("gptq", tmp_path / "packed")
-    loaded = LoadedModel(str(folder), "cpu", "float32")
+    with pytest.raises(ConfigError, match="--dtype bfloat16"):
+        LoadedModel(str(folder), "cpu", "float32")
+    loaded = LoadedModel(str(folder), "cpu", "bfloat16")
     assert loaded.method == "gptq" and not loaded.model().training
-    assert called == [(str(folder), {"device": "cpu", "dtype": torch.float32, "backend": "torch"})]
+    assert called == [(str(folder), {"device": "cpu", "dtype": torch.bfloat16, "backend": "torch"})]
 
 
 def test_a_checkpoint_that_would_be_loaded_in_part_is_refused(tmp_path):

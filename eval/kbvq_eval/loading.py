@@ -66,6 +66,8 @@ class LoadedModel:
             raise CheckpointError(f"cannot load {path}: {error}") from error
         if not self.is_gguf:
             check_loader(path, self.config, device)
+        if self.method == "gptq" and dtype == "float32":
+            raise ConfigError(f"{path}: GPTQModel computes in 16 bits only; pass --dtype bfloat16 for all of them")
         self._model: PreTrainedModel | None = None
 
     @property
