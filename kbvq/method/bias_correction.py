@@ -7,6 +7,8 @@ map follow from those of its inputs, μ_y = W μ_x and σ_y² = diag(W (M − μ
 Where we differ from the paper:
 - the moments of y are of the original model's inputs, those of ŷ of the inputs in the model as quantized so far, so a
   correction also makes up for what the layers before it lost;
+- of a projection that is coded toward other weights than the original ones (target_weights), μ_y is the mean wanted
+  and σ_y what those weights give on the student's inputs;
 - both are shrunk toward the moments of all experts of the bank by a few virtual tokens (Recipe.prior_tokens), so that
   an expert without tokens has moments too, and count a token by its squared routing weight where the recipe says so;
 - 1 + s stays within SLOPE_LIMITS, and is 1 for a channel of ŷ that does not vary (`bias_correction`);
