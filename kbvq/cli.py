@@ -1,4 +1,4 @@
-"""The command line: `kbvq quantize`, `chat`, `eval`, `compare`, `report`, `lm-eval`, `inspect` and `verify`."""
+"""The command line: `kbvq quantize`, `chat`, `serve`, `eval`, `compare`, `report`, `lm-eval`, `inspect`, `verify`."""
 
 from __future__ import annotations
 
@@ -120,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--device", help="cpu, cuda, … or auto for all GPUs together (default: cuda where there is one)")
     chat.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the one stored)")
+
+    serve = commands.add_parser(
+        "serve", help="transformers serve, which loads packed checkpoints too", add_help=False, prefix_chars="\0"
+    )
+    serve.set_defaults(run=_serve, quiet=True)
+    serve.add_argument("arguments", nargs=argparse.REMAINDER)
 
     evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL to a baseline and lm-eval tasks")
     evaluate.set_defaults(run=_evaluate)
@@ -243,6 +249,12 @@ def _chat(options: argparse.Namespace) -> None:
         chat.answer_all(typed_lines())
     else:
         chat.answer_all([sys.stdin.read()])
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from kbvq.serving.loading import serve
+
+    serve(options.arguments)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -140,6 +140,14 @@ def test_what_stands_on_a_gradients_way_gives_one(tied):
     assert embedded.grad.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_on_a_packed_linear_is_refused_by_name(tied):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    loaded = AutoModelForCausalLM.from_pretrained(tied / "packed", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"Target module PackedLinear\(.* is not supported"):
+        peft.get_peft_model(loaded, peft.LoraConfig(target_modules=["q_proj"]))
+
+
 def test_a_packed_model_compiles_into_one_graph(tied):
     loaded = AutoModelForCausalLM.from_pretrained(tied / "packed", dtype=torch.float32)
     expected = logits(loaded)  # eagerly first

@@ -3,7 +3,13 @@
 import io
 import json
 import shutil
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,6 +23,7 @@ from kbvq.errors import CheckpointError, ConfigError
 from kbvq.models.moe_adapters import find_expert_banks
 from kbvq.serving.chat import Chat, ChatOptions, typed_lines
 
+SERVER = ("fastapi", "openai", "pydantic", "uvicorn")
 GREEDY = ["--max-new-tokens", "6", "--temperature", "0"]
 TEMPLATE = (
     "{% for message in messages %}{{ 'w5 ' if message.role == 'user' else 'w6 ' }}{{ message.content }} {% endfor %}w7"
@@ -136,3 +143,54 @@ def test_the_last_answer_is_cut_where_the_model_ends(folder):
     model.generation_config.eos_token_id = None
     chat = Chat(model, tokenizer, ChatOptions(max_new_tokens=20, temperature=0), io.StringIO())
     assert len(tokenizer(chat.answer("w3 w4 w9"))["input_ids"]) <= 7
+
+
+@pytest.mark.skipif(not all(map(find_spec, SERVER)), reason="the packages of kbvq[serve] are not installed")
+def test_the_server_answers_a_completion_as_generate_does(folder, tmp_path):
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    log = tmp_path / "log"
+    run = "import sys; from kbvq.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", run, "serve", str(folder), "--port", str(port), "--device", "cpu"]
+    with log.open("wb") as stream:
+        server = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+
+        def ask(path, **body):
+            request = urllib.request.Request(f"http://localhost:{port}{path}", json.dumps(body).encode())
+            request.add_header("Content-Type", "application/json")
+            with urllib.request.urlopen(request if body else request.full_url, timeout=120) as answer:
+                return json.load(answer)
+
+        for _ in range(600):
+            try:
+                ask("/health")
+                break
+            except OSError:
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.2)
+        completion = {"prompt": "w3 w4 w9", "temperature": 0, "max_tokens": 6}
+        (choice,) = ask("/v1/completions", model=str(folder), **completion)["choices"]
+        assert choice["text"] == continuation(folder, "w3 w4 w9")
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            ask("/v1/completions", model="another", **completion)
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_what_cannot_be_served_is_named(folder, tmp_path, capsys, monkeypatch):
+    assert main(["serve", str(folder.parent / "source"), "--port", "1"]) == 2
+    assert "source is not a packed checkpoint" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "a@b")
+    assert main(["serve", str(tmp_path / "a@b")]) == 2
+    assert "a@b: transformers serve takes what follows @ for a revision" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["serve", str(folder), "--no-such-option"])
+
+
+@pytest.mark.skipif(all(map(find_spec, SERVER)), reason="the packages of kbvq[serve] are installed")
+def test_missing_packages_of_the_server_are_named(folder, capsys):
+    assert main(["serve", str(folder)]) == 2
+    assert "pip install 'kbvq[serve]'" in capsys.readouterr().err

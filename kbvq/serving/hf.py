@@ -85,7 +85,7 @@ class KbvqQuantizer(HfQuantizer):
 
     quantization_config: KbvqConfig
     requires_calibration = True  # transformers then refuses to quantize on the fly
-    is_trainable = False
+    is_trainable = True  # what adapters beside packed weights need: gradients pass through those
 
     # The kernels are one custom op, and torch.compile(model, fullgraph=True) works once the model has run eagerly. This
     # flag would make generate compile unasked; it stays off until that has been measured on a GPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,17 +37,12 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | torch.dt
     from transformers import AutoTokenizer  # of old versions they load Triton
 
     from kbvq.models.devices import choose_device
-    from kbvq.models.layer_stream import auto_class, read_config, resolve_model_folder
+    from kbvq.models.layer_stream import auto_class, read_config
 
     if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
         raise ConfigError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
     device_map = "auto" if device == "auto" else choose_device(device)
-    path = resolve_model_folder(str(folder))
-    if not is_packed_checkpoint(path):
-        raise CheckpointError(
-            f"{path} is not a packed checkpoint: config.json has no kbvq quantization_config. kbvq quantize makes one; "
-            "an original model is loaded by transformers itself"
-        )
+    path = _packed_folder(folder)
     try:
         if not any((path / name).is_file() for name in _VOCABULARIES):
             raise OSError(f"none of {', '.join(_VOCABULARIES)} is there")  # transformers would make an empty one
@@ -59,3 +55,35 @@ def load(folder: str | Path, *, device: str | None = None, dtype: str | torch.dt
         path, dtype="auto" if dtype is None else DTYPES.get(str(dtype), dtype), device_map=device_map
     )
     return Loaded(model.eval(), tokenizer)
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """`transformers serve` with these arguments, in a process that has imported kbvq; returns when the server ends.
+
+    The first may be a packed checkpoint, or its name on the hub: the one model that there is then, under that name.
+    Without it, models are loaded as requests name them. Raises CheckpointError when it is none, ConfigError when
+    packages are missing. Options that transformers does not know end in SystemExit, as there.
+    """
+    from transformers.cli.transformers import app
+
+    if arguments and not arguments[0].startswith("-"):
+        if "@" in arguments[0]:
+            raise ConfigError(f"{arguments[0]}: transformers serve takes what follows @ for a revision; rename it")
+        _packed_folder(arguments[0])
+    try:
+        app(["serve", *arguments], prog_name="kbvq")
+    except ImportError as error:
+        raise ConfigError(f"{error}, or pip install 'kbvq[serve]'") from error
+
+
+def _packed_folder(folder: str | Path) -> Path:
+    """A local folder, or that of a hub name after downloading it; raises CheckpointError when it is not packed."""
+    from kbvq.models.layer_stream import resolve_model_folder
+
+    path = resolve_model_folder(str(folder))
+    if not is_packed_checkpoint(path):
+        raise CheckpointError(
+            f"{path} is not a packed checkpoint: config.json has no kbvq quantization_config. kbvq quantize makes one; "
+            "an original model is loaded by transformers itself"
+        )
+    return path

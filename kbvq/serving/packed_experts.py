@@ -53,10 +53,10 @@ class PackedBankModule(PackedModule):
     def _run(self, hidden_states: Tensor, top_k_index: Tensor | None, top_k_weights: Tensor | None) -> Tensor:
         """Compute the bank's output; the one place that chooses an implementation.
 
-        The kernels serve CPU and CUDA. Other devices, inputs that need a gradient, and experts with a gating that no
-        kernel knows take the path in plain torch. A call without indices is that of `fill_routing`.
+        The kernels serve CPU and CUDA. Other devices, inputs or routing weights that need a gradient, and experts with
+        a gating that no kernel knows take the path in plain torch. A call without indices is that of `fill_routing`.
         """
-        if self.activation is not None and kernels_serve(hidden_states):
+        if self.activation is not None and kernels_serve(hidden_states, top_k_weights):
             prepared = self.kernel_projections(hidden_states.dtype)
             if self.num_experts > 1:
                 top_k_index, top_k_weights = fill_routing(hidden_states, top_k_index, top_k_weights, self.num_experts)

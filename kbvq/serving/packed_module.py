@@ -58,6 +58,8 @@ class PackedModule(nn.Module):
         return [kbvq_kernels.prepare(tensors, **format.to_dict(), dtype=dtype) for format, tensors in forms]
 
 
-def kernels_serve(inputs: Tensor) -> bool:
-    """Whether the kernels can take these inputs: on CPU and CUDA, and without a gradient."""
-    return inputs.device.type in ("cpu", "cuda") and not (torch.is_grad_enabled() and inputs.requires_grad)
+def kernels_serve(inputs: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels can take these inputs: on CPU and CUDA, and without a gradient, of the others neither."""
+    if inputs.device.type not in ("cpu", "cuda"):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (inputs, *others)))
