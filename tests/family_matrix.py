@@ -111,6 +111,7 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
 def _check_layers(model: PreTrainedModel, source: Path) -> None:
     stream = LayerStream(source, dtype=torch.float32, device="cpu")
     states, layer_kwargs = stream.layer_inputs(PROMPT)
+    assert states[0, 0].numel() == stream.stream_width
     for index, kwargs in enumerate(layer_kwargs):
         with stream.layer(index) as layer:
             own = [bank for bank in stream.banks if bank.decoder_layer == index]

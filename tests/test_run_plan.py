@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 from huggingface_hub import get_local_safetensors_metadata
+from moe_families import moe_model_types
+from moe_families import tiny_config as moe_tiny_config
+from moe_families import tiny_model as moe_tiny_model
 from plan_table import CONFIGS, GOALS, plan_model
 from quantizing import quantize
 from safetensors.torch import load_file
@@ -13,7 +16,10 @@ from tiny_models import save_tiny_model
 from kbvq.cli import main
 from kbvq.errors import CheckpointError, ConfigError
 from kbvq.models import model_headers
+from kbvq.models.layer_stream import LayerStream
+from kbvq.quantization.planning import check_budget
 from kbvq.quantization.progress import Part, Progress, format_seconds
+from kbvq.quantization.run_plan import make_plan
 from kbvq.recipes import make_recipe
 
 PUBLISHED = {
@@ -85,6 +91,19 @@ def test_dry_run_of_a_hub_name_reads_headers_alone(tmp_path, text, capsys, monke
     assert [line for line in remote if "time " not in line] == [
         line for line in capsys.readouterr().out.splitlines() if "time " not in line
     ]
+
+
+@pytest.mark.skipif("qwen4_exp_text" not in moe_model_types(), reason="this transformers has no qwen4_exp_text")
+def test_activations_of_several_residual_streams_are_counted_all(tmp_path):
+    moe_tiny_model(moe_tiny_config("qwen4_exp_text")).save_pretrained(tmp_path)
+    stream = LayerStream(tmp_path, dtype=torch.float32, device="cpu")
+    states, _ = stream.layer_inputs(torch.arange(3, 27).view(2, 12))
+    assert states[0, 0].numel() > stream.text_config.hidden_size
+    recipe = make_recipe("fast", 3.5)
+    plan = make_plan(stream, check_budget(stream.banks, recipe), recipe, samples=2, sequence_length=12)
+    assert plan.disk.parts["activations"] == 5 * states.nbytes
+    copies = 2 * 2 * len(stream.banks)  # of a window: projections and rates
+    assert plan.disk.parts["disturbed activations"] == 2 * copies * states[:1].nbytes
 
 
 def test_dry_run_of_a_hub_name_offline_says_what_to_do(tmp_path, text, capsys):

@@ -102,6 +102,8 @@ class LayerStream:
 
     model: the skeleton on the meta device, in eval mode, without cache; of a model that sees or hears, the whole, which
         then works on text. text_config: the part of its config that describes the decoder layers.
+    stream_width: values that a layer hands on for a token: hidden_size, times the residual streams of a model that has
+        several.
     banks: its banks of experts (find_expert_banks). layers: its decoder layers. layers_path: their module path.
     shards: the files that hold its tensors.
     source_bytes: size of the stored tensors that the model uses. dense_bytes: of what is outside the banks, as
@@ -120,6 +122,7 @@ class LayerStream:
         self.config, self.source_quantization = _load_config(folder)
         self.model = _build_skeleton(self.config, dtype)
         self.text_config = self.config.get_text_config()
+        self.stream_width: int = self.text_config.hidden_size * getattr(self.text_config, "hc_count", 1)
         self.banks = find_expert_banks(self.model)
         check_names_are_kept(self.model, [f"{bank.path}.{name}" for bank in self.banks for name in PROJECTIONS])
         self.layers, self.layers_path = decoder_layers(self.model)

@@ -142,7 +142,7 @@ def make_plan(
     dense_weights = sum(format.weight.num_weights for format in parts.formats)
     output = stream.dense_bytes + packed
     output += sum(format.weight.num_bytes - stream.written_bytes(f"{format.path}.{WEIGHT}") for format in parts.formats)
-    of_window = sequence_length * config.hidden_size * stream.dtype.itemsize
+    of_window = sequence_length * stream.stream_width * stream.dtype.itemsize
     activations, tuning = samples * of_window, tuning_windows(recipe, samples, sequence_length) * of_window
     return RunPlan(
         model=f"{type(stream.model).__name__} ({config.model_type})",
@@ -190,7 +190,7 @@ def disturbed_bytes(stream: LayerStream, samples: int, sequence_length: int) -> 
 
 def _disturbed_bytes_per_window(stream: LayerStream, sequence_length: int) -> int:
     """A copy of the activations for both projections of every bank at both rates that are probed."""
-    return 4 * len(stream.banks) * sequence_length * stream.text_config.hidden_size * stream.dtype.itemsize
+    return 4 * len(stream.banks) * sequence_length * stream.stream_width * stream.dtype.itemsize
 
 
 def peak_memory_bytes(
@@ -219,17 +219,17 @@ def _layer_moments(
 ) -> list[dict[str, float]]:
     """What is in memory at the moments of a decoder layer's work that may need most (sensitivity, layer_quantization),
     in bytes by what holds it."""
-    size, hidden = stream.dtype.itemsize, stream.text_config.hidden_size
+    size, width = stream.dtype.itemsize, stream.stream_width
     layer = stream.model.get_submodule(stream.layers_path)[index]
     banks = [bank for bank in stream.banks if bank.decoder_layer == index]
     weights = sum(_num_weights(bank) for bank in banks)
     top_k = getattr(stream.text_config, "num_experts_per_tok", None) or 2
-    used = sum((top_k if b.kind == "routed" else 1) * (b.intermediate_size + hidden) for b in banks)
+    used = sum((top_k if b.kind == "routed" else 1) * (b.intermediate_size + b.hidden_size) for b in banks)
     held: dict[str, float] = {
         # As read, and a copy: with the channels of each expert in order while they are sorted, then as decoded.
         "layer": size * (sum(p.numel() for p in layer.parameters()) + weights),
         # Inputs and outputs of the layer's parts, and what each expert that a token meets is given and gives.
-        "batch": 4 * TOKENS_PER_BATCH * (8 * hidden + used),
+        "batch": 4 * TOKENS_PER_BATCH * (8 * width + used),
     }
     of = {p: [_moment_bytes(bank, p) for bank in banks] for p in PROJECTIONS}
     matched = recipe.matching and index > 0  # in the first layer of a model the inputs are the original's
@@ -250,12 +250,12 @@ def _layer_moments(
     # Of the original: of both projections where its inputs are those of the student, else those of down.
     teacher = sum(of["down_proj"]) + (0 if matched else sum(of["gate_up_proj"]))
     if recipe.matching:
-        found.append(held | {"statistics": teacher, "attention": _attention_bytes(layer, hidden, banks)})
+        found.append(held | {"statistics": teacher, "attention": _attention_bytes(layer, width, banks)})
     if matrices := parts.of_layer(index):
         found.append(held | {"statistics": teacher, "matrices": _dense_bytes(matrices)})
     for projection in PROJECTIONS:
         statistics = sum(of[projection]) + (0 if recipe.matching else teacher)
-        paired = [4 * bank.num_experts * hidden * bank.projection_shape(projection)[2] for bank in banks]
+        paired = [4 * bank.num_experts * bank.hidden_size * bank.projection_shape(projection)[2] for bank in banks]
         goals = recipe.matching and (matched or projection == "down_proj")
         for place, bank in enumerate(banks):
             copies = 4 * _size(bank, projection)
@@ -274,18 +274,18 @@ def _layer_moments(
     return found or [held]
 
 
-def _attention_bytes(layer: nn.Module, hidden: int, banks: Sequence[ExpertBank]) -> float:
+def _attention_bytes(layer: nn.Module, width: int, banks: Sequence[ExpertBank]) -> float:
     """Memory while the output projection of the layer's attention is fitted (attention_matching); which of the linear
     maps that is turns out when the layer runs: bounded by the widest."""
     inside = tuple(bank.path.partition(f".{bank.decoder_layer}.")[2] for bank in banks)
     candidates = [
         module.in_features
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == hidden and not name.startswith(inside)
+        if isinstance(module, nn.Linear) and module.out_features == width and not name.startswith(inside)
     ]
     widest = max(candidates, default=0)
-    sums, solved = 4 * widest * (widest + hidden), 8 * 3 * widest * (widest + hidden)
-    return sums + solved + 4 * TOKENS_PER_BATCH * hidden * len(candidates)
+    sums, solved = 4 * widest * (widest + width), 8 * 3 * widest * (widest + width)
+    return sums + solved + 4 * TOKENS_PER_BATCH * width * len(candidates)
 
 
 def available_memory(device: torch.device) -> int:
