@@ -3,8 +3,8 @@
 Packs attention, embedding and head of a model at 8 and 4 bits and leaves its experts as they are ("experts at 16
 bits"); then quantizes the experts with a recipe, and the others at 16, 8 and 4 bits, as `kbvq quantize` does. Each is
 scored against the original on windows of a text: mean KL(original ‖ quantized) per token, paired ΔNLL with its standard
-error over windows, top-1 agreement, bits and bytes of the whole model. Rows that the JSON file already has are kept.
-Writes docs/results/dense.json and dense.md.
+error over windows, top-1 agreement, bits and bytes of the whole model. One seed. Rows that the JSON file already has
+are kept, with the date and the commit that they were measured at. Writes docs/results/dense.json and dense.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from kbvq.quantization.dense import decoded, pack_matrix, pack_whole_
 from kbvq.quantization.pipeline import QuantizeOptions, dense_parts, quantize_model
 from kbvq.recipes import DENSE_BITS, make_recipe
 from kbvq.storage.checkpoint import inspect_checkpoint
+from kbvq.storage.provenance import commit
 from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import score_windows
 from kbvq_eval.windows import text_windows
@@ -131,8 +133,8 @@ def markdown(results: list[dict], setting: str) -> str:
         "# Matrices outside the experts",
         "",
         "| model | recipe | `--dense-bits` | true bits: experts | outside | whole model | MB | mean KL | ΔNLL ± s.e. | "
-        "top-1 | largest error | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "top-1 | largest error | CPU s | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
         lines.append(
@@ -140,7 +142,7 @@ def markdown(results: list[dict], setting: str) -> str:
             f"{row['dense_bits_per_weight']:.3f} | {row['model_bits_per_weight']:.3f} | "
             f"{row['model_bytes'] / 1e6:.2f} | {row['kl']:.5f} ± {row['kl_stderr']:.5f} | "
             f"{row['delta_nll']:+.4f} ± {row['delta_nll_stderr']:.4f} | {100 * row['agreement']:.2f} % | "
-            f"{row['largest_relative_error']:.1e} | {row['cpu_seconds']:.0f} |"
+            f"{row['largest_relative_error']:.1e} | {row['cpu_seconds']:.0f} | {row['date']}, {row['commit']} |"
         )
     return (
         "\n".join(lines)
@@ -192,7 +194,7 @@ def main() -> None:
         key = (options.model.name, recipe, bits, dense_bits)
         if any((r["model"], r["recipe"], r["bits"], r["dense_bits"]) == key for r in results):
             return
-        results.append(row())
+        results.append(row() | {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": commit()})
         content = {"setting": setting, "protocol": windows.protocol(), "results": results}
         options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         options.output.with_suffix(".md").write_text(markdown(results, setting), encoding="utf-8")
