@@ -3,7 +3,8 @@
 # caches (HF_HOME) filled where there is one.
 #
 #   eval/reproduce_paper.sh WORK                     # everything; what is finished in WORK is not done again
-#   eval/reproduce_paper.sh WORK --dry-run           # what would run, with sizes and times, and nothing else
+#   eval/reproduce_paper.sh WORK --dry-run           # the commands, and nothing else
+#   eval/reproduce_paper.sh WORK --plan              # and what each model and rate needs: size, memory, disk, time
 #   MODELS="Qwen/Qwen1.5-MoE-A2.7B" eval/reproduce_paper.sh WORK
 #
 # Calibration: 256 windows of 4096 tokens of RedPajama, seed 42; perplexity on WikiText2 in windows of 4096, seven zero-shot
@@ -11,22 +12,24 @@
 # error feedback as in GPTVQ) are run on ABLATE. At the end eval/paper_table.py writes published and own numbers side by
 # side to RESULTS (docs/results/paper.json and .md).
 #
-# Variables for a trial on a small model: MODELS, BITS, ABLATE, CALIBRATION, SAMPLES, LENGTH, QUANTIZE and EVALUATE (arguments of
-# kbvq quantize and kbvq eval), RESULTS, KBVQ and PYTHON.
+# Variables for a trial on a small model, or for a part: MODELS, BITS, ROWS, ABLATE, CALIBRATION, SAMPLES, LENGTH, QUANTIZE and
+# EVALUATE (arguments of kbvq quantize and kbvq eval), RESULTS, KBVQ and PYTHON.
 #
-# Expected on one 80 GB GPU, estimated and not yet measured: 16-bit sizes 29 GB (Qwen1.5-MoE), 31 GB (DeepSeek-V2-Lite),
-# 61 GB (Qwen3-30B-A3B), 93 GB (Mixtral-8x7B); about a quarter of that written for each rate; one to six hours a model
+# Expected on one 80 GB GPU. By the plan, GB: Qwen1.5-MoE 28.6 before, 5.6 at 2 bits and 7.4 at 3; DeepSeek-V2-Lite 31.4, 5.7,
+# 7.7; Qwen3-30B-A3B 61.1, 10.9, 14.9; Mixtral-8x7B 93.4, 15.3, 21.0; 15, 16, 19 and 40 GB of memory; for one row 23, 23, 28
+# and 50 GB of disk, for all of them with the ablations some 450. Estimated and not yet measured: one to six hours a model
 # and rate, and as long again for the tasks.
 set -euo pipefail
-work=${1:?usage: eval/reproduce_paper.sh WORK [--dry-run]}
+work=${1:?usage: eval/reproduce_paper.sh WORK [--dry-run | --plan]}
 dry=${2:-}
-[ -z "$dry" ] || [ "$dry" = --dry-run ] || { echo "unknown option $dry" >&2; exit 2; }
+case $dry in "" | --dry-run | --plan) ;; *) echo "unknown option $dry" >&2 && exit 2 ;; esac
 models=${MODELS:-Qwen/Qwen1.5-MoE-A2.7B Qwen/Qwen3-30B-A3B mistralai/Mixtral-8x7B-v0.1 deepseek-ai/DeepSeek-V2-Lite}
 calibration=${CALIBRATION:-togethercomputer/RedPajama-Data-1T-Sample}
 samples=${SAMPLES:-256}
 length=${LENGTH:-4096}
 evaluate=${EVALUATE:---suite paper --window 4096}
 ablate=${ABLATE-Qwen/Qwen1.5-MoE-A2.7B}
+rows=${ROWS:-} # all of them
 quantize=${QUANTIZE:-}
 results=${RESULTS:-docs/results/paper.json}
 kbvq=${KBVQ:-kbvq}
@@ -39,18 +42,21 @@ run() {
 }
 
 # NAME BITS MODEL [options of kbvq quantize]
+# shellcheck disable=SC2086  # lists are meant to be split
 row() {
     local name=$1 bits=$2 model=$3
     shift 3
+    [ -z "$rows" ] || [[ " $rows " == *" $name "* ]] || return 0
     local folder
     folder=$work/$(basename "$model")-$name-$bits
     if [ ! -e "$folder/kbvq_manifest.json" ]; then
-        # shellcheck disable=SC2086
-        run $kbvq quantize --model "$model" --output "$folder" --recipe paper --bits "$bits" --calibration "$calibration" \
+        set -- quantize --model "$model" --output "$folder" --recipe paper --bits "$bits" --calibration "$calibration" \
             --samples "$samples" --sequence-length "$length" --seed 42 $quantize "$@"
+        run $kbvq "$@"
+        # The other rows of a model differ little from this one. Reads its config and headers alone.
+        [ "$dry" != --plan ] || [ "$name" != kbvq ] || $kbvq "$@" --dry-run
     fi
     if [ ! -e "$folder.json" ]; then
-        # shellcheck disable=SC2086
         run $kbvq eval "$folder" --baseline "$model" $evaluate --json "$folder.json"
     fi
 }

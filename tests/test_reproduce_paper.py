@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import paper_table
@@ -16,10 +17,17 @@ from kbvq.recipes import make_recipe, parse_change
 ROOT = Path(__file__).resolve().parent.parent
 
 
+BUNDLED = ROOT / "tests" / "models" / "tiny-qwen3-moe"
+
+
+def output(tmp_path, *options, **variables):
+    script = [ROOT / "eval" / "reproduce_paper.sh", tmp_path / "work", *options]
+    done = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | variables)
+    return done.stdout.splitlines()
+
+
 def commands(tmp_path, **variables):
-    script = [ROOT / "eval" / "reproduce_paper.sh", tmp_path / "work", "--dry-run"]
-    done = subprocess.run(script, capture_output=True, text=True, check=True, env=os.environ | variables)
-    return [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("+ ")]
+    return [shlex.split(line)[2:] for line in output(tmp_path, "--dry-run", **variables) if line.startswith("+ ")]
 
 
 def test_dry_run_prints_commands_that_kbvq_takes(tmp_path):
@@ -48,6 +56,39 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     (finished / "kbvq_manifest.json").touch()
     (tmp_path / "work" / "tiny-kbvq-2.json").touch()
     assert len(commands(tmp_path, MODELS="models/tiny", ABLATE="")) == 9 * 2 - 2 + 1
+
+
+def trial(tmp_path, data, **variables):
+    """Variables of the smallest run on the bundled model."""
+    (tmp_path / "unseen.txt").write_text((data / "validation.txt").read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    paths = os.pathsep.join(str(ROOT / name) for name in (".", "eval", "kernels"))
+    return {
+        "MODELS": str(BUNDLED), "ABLATE": "", "BITS": "2", "ROWS": "kbvq", "CALIBRATION": str(data / "calibration.txt"),
+        "SAMPLES": "2", "LENGTH": "64", "QUANTIZE": "--device cpu --set kmeans_iterations=1",
+        "EVALUATE": f"--device cpu --window 64 --perplexity {tmp_path / 'unseen.txt'}",
+        "RESULTS": str(tmp_path / "paper.json"), "KBVQ": str(Path(sys.executable).with_name("kbvq")),
+        "PYTHON": sys.executable, "PYTHONPATH": paths,
+    } | variables  # fmt: skip
+
+
+def test_plan_says_what_a_model_needs_and_does_nothing(tmp_path, data):
+    lines = output(tmp_path, "--plan", **trial(tmp_path, data, ROWS=""))
+    assert sum(line.startswith("+ ") for line in lines) == 5 * 2 + 1
+    (size,) = (line for line in lines if line.startswith("  size "))  # of one row: the others differ little
+    assert "true bits per expert weight" in size
+    assert any(line.startswith("  time ") for line in lines) and not any((tmp_path / "work").iterdir())
+
+
+def test_a_trial_on_the_bundled_model_fills_the_table(tmp_path, data):
+    variables = trial(tmp_path, data)
+    (tmp_path / "paper.json").write_text(json.dumps({"source": "a paper", "models": {}}))
+    output(tmp_path, **variables)
+    rows = json.loads((tmp_path / "paper.json").read_text())["models"][str(BUNDLED)]
+    assert rows.keys() == {"kbvq-2", "fp16"} and all(row["published"] is None for row in rows.values())
+    assert 2.2 < rows["kbvq-2"]["own"]["bits_per_weight"] < 2.6
+    assert rows["fp16"]["own"]["perplexity"] < rows["kbvq-2"]["own"]["perplexity"]
+    again = [line for line in output(tmp_path, **variables) if line.startswith("+ ")]
+    assert len(again) == 1 and "paper_table.py" in again[0]
 
 
 def test_own_numbers_stand_beside_the_published_ones(tmp_path):
