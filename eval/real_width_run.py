@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -136,8 +137,9 @@ def table(numbers: dict) -> str:
         f"The packed checkpoint has {numbers['packed_bytes'] / gigabyte:.2f} GB ({plan['output_bytes'] / gigabyte:.2f} "
         "planned); `kbvq verify` finds every file as written.",
         "",
-        f"Made by `python eval/real_width_run.py --layers {numbers['layers']} --experts {numbers['experts']}` at "
-        f"commit {numbers['commit']}, torch {torch.__version__}, {numbers['hardware']['processor']} with "
+        f"Made by `python eval/real_width_run.py --layers {numbers['layers']} --experts {numbers['experts']} --windows "
+        f"{numbers['windows']} --tokens {numbers['tokens']}` on {date.today()} at commit "
+        f"{numbers['commit']}, torch {torch.__version__}, {numbers['hardware']['processor']} with "
         f"{numbers['hardware']['cores']} cores, load {os.getloadavg()[0]:.0f} at the end.",
     ]
     return "\n".join(lines) + "\n"
