@@ -60,13 +60,11 @@ def expert_name(name: str) -> ExpertName | None:
     return ExpertName(int(layer), None if expert is None else int(expert), _MIXTRAL.get(projection, projection))
 
 
-def name_in_memory(name: str) -> str:
-    """A name in a Mixtral's checkpoint as transformers calls the module, and some tools the tensor; others as they
-    are."""
-    if ".block_sparse_moe." not in name:
-        return name
-    name = name.replace(".block_sparse_moe.", ".mlp.")
-    return re.sub(r"\.(w[123])\.", lambda match: f".{_MIXTRAL[match[1]]}.", name)
+def names_in_tools(name: str) -> tuple[str, ...]:
+    """What tools call a tensor that a Mixtral's checkpoint has by this name: that, or as transformers calls module and
+    matrix in memory, or the matrix alone so. Other names are the same everywhere."""
+    matrix = re.sub(r"\.(w[123])\.", lambda match: f".{_MIXTRAL[match[1]]}.", name)
+    return tuple(dict.fromkeys((name, matrix, matrix.replace(".block_sparse_moe.", ".mlp."))))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Tensor]:
@@ -164,8 +162,8 @@ def dense_checkpoint(
     num_weights = 0
     for name, weight in original.items():
         if expert_name(name) is None:
-            stored_name = name if name in packed else name_in_memory(name)
-            if stored_name not in packed or not torch.equal(packed[stored_name].to(weight.dtype), weight):
+            stored_name = next((n for n in names_in_tools(name) if n in packed), None)
+            if stored_name is None or not torch.equal(packed[stored_name].to(weight.dtype), weight):
                 raise ValueError(f"{name} is no expert weight and was changed or left out by the tool")
             dense[name] = weight
             continue
@@ -173,7 +171,7 @@ def dense_checkpoint(
         kinds = GPTQ_TENSORS | COMPRESSED_TENSORS | GGML_TENSORS
         stored = {
             kind: packed[stem + kind]
-            for stem in (name_in_memory(prefix), prefix)
+            for stem in names_in_tools(prefix)
             for kind in kinds
             if stem + kind in packed
         }
