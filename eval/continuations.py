@@ -56,13 +56,15 @@ def markdown(prompts: tuple[str, ...], columns: dict[str, list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", type=Path)
-    parser.add_argument("quantized", type=Path, nargs="+", help="checkpoints of kbvq")
+    parser.add_argument("quantized", type=Path, nargs="+", help="checkpoints of kbvq, in folders of different names")
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--output", type=Path, help="a Markdown file, beside the screen")
     options = parser.parse_args()
     columns = {"original": continuations(options.original, PROMPTS, options.new_tokens)}
     for folder in options.quantized:
-        label = f"{inspect_checkpoint(folder)['bits_per_weight']:.2f} bits"
+        label = f"{folder.name}, {inspect_checkpoint(folder)['bits_per_weight']:.2f} bits"
+        if label in columns:
+            parser.error(f"two checkpoints are called {label!r}; give their folders different names")
         columns[label] = continuations(folder, PROMPTS, options.new_tokens)
     text = markdown(PROMPTS, columns)
     print(text)

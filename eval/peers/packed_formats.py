@@ -170,10 +170,7 @@ def dense_checkpoint(
         prefix = name.removesuffix("weight")
         kinds = GPTQ_TENSORS | COMPRESSED_TENSORS | GGML_TENSORS
         stored = {
-            kind: packed[stem + kind]
-            for stem in names_in_tools(prefix)
-            for kind in kinds
-            if stem + kind in packed
+            kind: packed[stem + kind] for stem in names_in_tools(prefix) for kind in kinds if stem + kind in packed
         }
         if "qweight" in stored:
             dense[name] = dequantize_gptq(stored, weight.shape[1])
