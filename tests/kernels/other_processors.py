@@ -7,8 +7,8 @@
 
 Each code format is run on this machine with few and with many tokens, in float32 and in bfloat16; what is asked of the
 compiled library is recorded, arguments and memory, and then asked of the library for the other processor, in a process
-of its own (replay.cpp). Prints the largest error of an output, relative to this machine's largest value, for each function
-and format; exits with 1 where one is above 1e-5, float32 sums in another order. The decoder of this machine is compared
+of its own (replay.cpp). Prints the largest error of an output, relative to this machine's largest value, for each
+function and format; exits with 1 where one is above 1e-5, float32 sums in another order. The decoder of this machine is compared
 with the definition in test_ops.py.
 """
 
@@ -86,7 +86,7 @@ def contents(tensor: Tensor) -> bytes:
 def recorded() -> list[Call]:
     """All calls of every format."""
     calls: list[Call] = []
-    library, address, name = cpu.library(), cpu._address, ""
+    library, address, running = cpu.library(), cpu._address, ""
 
     def with_tensor(tensor: Tensor | None) -> Address:
         pointer = Address(None if tensor is None else tensor.data_ptr())
@@ -102,7 +102,7 @@ def recorded() -> list[Call]:
                     for a, t in zip(arguments, tensors, strict=True)
                 ]
                 result = getattr(library, function)(*arguments)
-                calls.append(Call(name, function, before, [None if t is None else t.clone() for t in tensors]))
+                calls.append(Call(running, function, before, [None if t is None else t.clone() for t in tensors]))
                 return result
 
             return call
@@ -110,6 +110,7 @@ def recorded() -> list[Call]:
     cpu.library, cpu._address = Recording, with_tensor
     try:
         for name, options in FORMATS.items():
+            running = name
             for num_tokens in TOKENS:
                 for dtype in (torch.float32, torch.bfloat16):
                     arguments, _ = moe_case(options, num_tokens, dtype=dtype)
