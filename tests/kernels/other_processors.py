@@ -8,8 +8,8 @@
 Each code format is run on this machine with few and with many tokens, in float32 and in bfloat16; what is asked of the
 compiled library is recorded, arguments and memory, and then asked of the library for the other processor, in a process
 of its own (replay.cpp). Prints the largest error of an output, relative to this machine's largest value, for each
-function and format; exits with 1 where one is above 1e-5, float32 sums in another order. The decoder of this machine is compared
-with the definition in test_ops.py.
+function and format; exits with 1 where one is above 1e-5, float32 sums in another order. The decoder of this machine is
+compared with the definition in test_ops.py.
 """
 
 from __future__ import annotations
