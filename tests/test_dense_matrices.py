@@ -127,7 +127,9 @@ def test_saved_copied_and_cast_models_compute_the_same(case, tmp_path):
     assert torch.equal(logits(loaded), expected) and not torch.equal(logits(twin), expected)
     cast = logits(loaded.to(torch.bfloat16))
     assert cast.dtype == torch.bfloat16
-    assert (cast.float() - expected).norm() / expected.norm() < 8e-2
+    errors = ((cast.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+    # By token: a router whose choice is close decides otherwise in 16 bits, for packed and for dense weights alike.
+    assert errors.median() < 3e-2 and errors.quantile(0.9) < 8e-2
 
 
 def test_what_stands_on_a_gradients_way_gives_one(tied):
