@@ -60,12 +60,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--output", type=Path, help="a Markdown file, beside the screen")
     options = parser.parse_args()
-    columns = {"original": continuations(options.original, PROMPTS, options.new_tokens)}
-    for folder in options.quantized:
-        label = f"{folder.name}, {inspect_checkpoint(folder)['bits_per_weight']:.2f} bits"
-        if label in columns:
-            parser.error(f"two checkpoints are called {label!r}; give their folders different names")
-        columns[label] = continuations(folder, PROMPTS, options.new_tokens)
+    labels = [f"{path.name}, {inspect_checkpoint(path)['bits_per_weight']:.2f} bits" for path in options.quantized]
+    if len(set(labels)) < len(labels):
+        parser.error(f"checkpoints are called alike: {'; '.join(labels)}; give their folders different names")
+    folders = dict(zip(("original", *labels), (options.original, *options.quantized), strict=True))
+    columns = {label: continuations(path, PROMPTS, options.new_tokens) for label, path in folders.items()}
     text = markdown(PROMPTS, columns)
     print(text)
     if options.output:

@@ -4,7 +4,8 @@ Packs attention, embedding and head of a model at 8 and 4 bits and leaves its ex
 bits"); then quantizes the experts with a recipe, and the others at 16, 8 and 4 bits, as `kbvq quantize` does. Each is
 scored against the original on windows of a text: mean KL(original ‖ quantized) per token, paired ΔNLL with its standard
 error over windows, top-1 agreement, bits and bytes of the whole model. One seed. Rows that the JSON file already has
-are kept, with the date and the commit that they were measured at. Writes docs/results/dense.json and dense.md.
+are kept, with the date and, where it is known, the commit that they were measured at. Writes docs/results/dense.json
+and dense.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -142,7 +143,8 @@ def markdown(results: list[dict], setting: str) -> str:
             f"{row['dense_bits_per_weight']:.3f} | {row['model_bits_per_weight']:.3f} | "
             f"{row['model_bytes'] / 1e6:.2f} | {row['kl']:.5f} ± {row['kl_stderr']:.5f} | "
             f"{row['delta_nll']:+.4f} ± {row['delta_nll_stderr']:.4f} | {100 * row['agreement']:.2f} % | "
-            f"{row['largest_relative_error']:.1e} | {row['cpu_seconds']:.0f} | {row['date']}, {row['commit']} |"
+            f"{row['largest_relative_error']:.1e} | {row['cpu_seconds']:.0f} | "
+            f"{', '.join(filter(None, (row['date'], row['commit'])))} |"
         )
     return (
         "\n".join(lines)
@@ -194,7 +196,7 @@ def main() -> None:
         key = (options.model.name, recipe, bits, dense_bits)
         if any((r["model"], r["recipe"], r["bits"], r["dense_bits"]) == key for r in results):
             return
-        results.append(row() | {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": commit()})
+        results.append(row() | {"date": str(date.today()), "commit": commit()})
         content = {"setting": setting, "protocol": windows.protocol(), "results": results}
         options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         options.output.with_suffix(".md").write_text(markdown(results, setting), encoding="utf-8")

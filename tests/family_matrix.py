@@ -14,31 +14,27 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
+from decoded_models import write_decoded_  # noqa: E402
 from moe_families import moe_model_types, tiny_config, tiny_model  # noqa: E402
 from quantizing import quantize, write_text  # noqa: E402
 from tiny_models import tiny_tokenizer  # noqa: E402
 
 import kbvq  # noqa: E402, F401
-from kbvq.codes.packing import dequantize_expert  # noqa: E402
 from kbvq.errors import UnsupportedModelError  # noqa: E402
 from kbvq.models.calibration import observe_banks  # noqa: E402
 from kbvq.models.layer_stream import LayerStream  # noqa: E402
 from kbvq.models.moe_adapters import ExpertBank, find_expert_banks  # noqa: E402
 from kbvq.recipes import Recipe, make_recipe  # noqa: E402
-from kbvq.serving.packed_experts import PackedBankModule  # noqa: E402
-from kbvq.structures import PROJECTIONS  # noqa: E402
 
 PROMPT = torch.arange(3, 27).view(2, 12)
 
@@ -91,7 +87,7 @@ def check_family(
         own = tuple(f"{bank.path}." for bank in banks)
         reference.load_state_dict({n: t for n, t in loaded.state_dict().items() if not n.startswith(own)}, strict=False)
     for bank in banks:
-        _write_decoded_(reference.get_submodule(bank.path), loaded.get_submodule(bank.path))
+        write_decoded_(reference.get_submodule(bank.path), loaded.get_submodule(bank.path))
     logits, expected = (_logits(m) for m in (loaded, reference))
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(logits, _logits(model), atol=1e-3), "quantization changed nothing"
@@ -123,41 +119,6 @@ def _check_layers(model: PreTrainedModel, source: Path) -> None:
                 )
     with stream.head():
         torch.testing.assert_close(stream.logits(states), _logits(model), rtol=1e-3, atol=1e-4)
-
-
-@torch.no_grad()
-def _write_decoded_(original: Any, packed: PackedBankModule) -> None:
-    """Put the decoded weights of a bank into the module that it was made from, in that module's own layout."""
-    decoded, biases = {}, {}
-    for name in PROJECTIONS:
-        format, tensors = packed.projection_format(name), packed.projection_tensors(name)
-        decoded[name] = torch.stack([dequantize_expert(format, tensors, e) for e in range(packed.num_experts)])
-        biases[name] = tensors["bias"] if format.has_bias else None
-    gate_up, down = decoded["gate_up_proj"], decoded["down_proj"]
-    if isinstance(getattr(original, "gate_proj", None), nn.Linear):
-        gate, up = gate_up[0].chunk(2)
-        for linear, weight in ((original.gate_proj, gate), (original.up_proj, up), (original.down_proj, down[0])):
-            linear.weight.copy_(weight)
-        return
-    if type(original).__name__ == "DbrxExperts":
-        gate, up = gate_up.chunk(2, dim=1)
-        for parameter, weight in ((original.mlp.w1, gate), (original.mlp.v1, up), (original.mlp.w2, down.mT)):
-            parameter.copy_(weight.reshape(parameter.shape))
-        return
-    interleaved = type(original).__name__ == "GptOssExperts"
-    if interleaved:
-        gate_up = torch.stack(gate_up.chunk(2, dim=1), 2).flatten(1, 2)
-    if getattr(original, "is_transposed", type(original).__name__ == "Llama4TextExperts"):
-        gate_up, down = gate_up.mT, down.mT
-    first = "gate_up_proj" if hasattr(original, "gate_up_proj") else "up_proj"
-    getattr(original, first).copy_(gate_up)
-    original.down_proj.copy_(down)
-    if biases["down_proj"] is not None:
-        bias = biases["gate_up_proj"]
-        if interleaved:
-            bias = torch.stack(bias.chunk(2, dim=1), 2).flatten(1, 2)
-        getattr(original, f"{first}_bias").copy_(bias)
-        original.down_proj_bias.copy_(biases["down_proj"])
 
 
 def run(model_types: list[str]) -> list[Family]:

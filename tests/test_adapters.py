@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from decoded_models import write_decoded_
 from packed_banks import random_bank, write_packed
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -18,17 +19,21 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TOKENS = torch.arange(3, 27).view(2, 12)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A packed checkpoint of a tiny Qwen2-MoE: routed and shared experts."""
-    root = tmp_path_factory.mktemp("adapters")
+def save_packed(root, **options):
+    """A packed checkpoint of a tiny Qwen2-MoE, routed and shared experts: root / "packed", its original in "source"."""
     model = save_tiny_model(root / "source", "qwen2_moe")
-    options = {"has_scale": True, "has_column_scale": True, "has_bias": True}
+    options = {"has_scale": True, "has_column_scale": True} | options
     banks = [
         random_bank(bank.path, bank.kind, bank.num_experts, bank.hidden_size, bank.intermediate_size, seed, **options)
         for seed, bank in enumerate(find_expert_banks(model))
     ]
     write_packed(root / "source", root / "packed", model, banks)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    save_packed(root, has_bias=True)
     return root / "packed"
 
 
@@ -59,32 +64,20 @@ def logits(model):
         return model.eval()(input_ids=TOKENS).logits
 
 
-def decoded(folder):
-    """The family's own code, holding what the packed experts decode to. It knows no biases of experts: they are zeroed
-    in the packed model, which is returned too."""
-    packed = load(folder)
-    original = AutoModelForCausalLM.from_pretrained(folder.parent / "source", dtype=torch.float32)
-    with torch.no_grad():
-        for path, module in packed.named_modules():
-            if not isinstance(module, PackedBankModule):
-                continue
-            module.gate_up_proj_bias.zero_()
-            module.down_proj_bias.zero_()
-            weights = [module.expert_weights(expert, torch.float32) for expert in range(module.num_experts)]
-            experts = original.get_submodule(path)
-            if module.num_experts == 1:
-                ((gate_up, _, down, _),) = weights
-                experts.gate_proj.weight.copy_(gate_up[: len(gate_up) // 2])
-                experts.up_proj.weight.copy_(gate_up[len(gate_up) // 2 :])
-                experts.down_proj.weight.copy_(down)
-            else:
-                experts.gate_up_proj.copy_(torch.stack([gate_up for gate_up, *_ in weights]))
-                experts.down_proj.copy_(torch.stack([down for _, _, down, _ in weights]))
+@pytest.fixture
+def pair(tmp_path):
+    """A packed model, without biases of experts, and the family's own code holding what its experts decode to."""
+    save_packed(tmp_path)
+    packed = load(tmp_path / "packed")
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
+    for path, module in packed.named_modules():
+        if isinstance(module, PackedBankModule):
+            write_decoded_(original.get_submodule(path), module)
     return packed, original
 
 
-def test_a_step_has_the_gradients_of_the_decoded_model(folder):
-    packed, original = decoded(folder)
+def test_a_step_has_the_gradients_of_the_decoded_model(pair):
+    packed, original = pair
     found, expected = gradients(with_lora(packed)), gradients(with_lora(original))
     assert found.keys() == expected.keys() and len(found) == 2 * len(ATTENTION) * 2  # A and B, two layers
     for name, gradient in expected.items():
@@ -92,9 +85,9 @@ def test_a_step_has_the_gradients_of_the_decoded_model(folder):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_router_that_is_trained_alone_gets_its_gradient(folder):
+def test_a_router_that_is_trained_alone_gets_its_gradient(pair):
     """Nothing before the first router needs one there: only the routing weights do."""
-    packed, original = decoded(folder)
+    packed, original = pair
     for model in (packed, original):
         model.requires_grad_(False)
         model.model.layers[0].mlp.gate.weight.requires_grad_()

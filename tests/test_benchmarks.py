@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import continuations
+import dense_table
 import real_table
 import torch
 import weight_codes
@@ -63,6 +64,12 @@ def test_continuations_are_those_of_each_model(tmp_path):
         assert tiny_tokenizer().decode(ids[-6:], skip_special_tokens=True) == text
     table = continuations.markdown(("w5 w6", "w7"), {"original": texts, "2.25 bits": ["a\nb", "c"]})
     assert "**w5 w6** …\n\n- original: … " in table and "- 2.25 bits: … a ⏎ b\n" in table
+
+
+def test_table_of_dense_bits_is_that_of_the_rows_that_are_kept():
+    results = Path(dense_table.ROOT) / "docs" / "results"
+    kept = json.loads((results / "dense.json").read_text(encoding="utf-8"))
+    assert dense_table.markdown(kept["results"], kept["setting"]) == (results / "dense.md").read_text(encoding="utf-8")
 
 
 def test_code_formats_are_compared_on_one_projection_and_leave_the_model_as_it_was(trained_model):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from decoded_models import write_decoded_
 from quantizing import Stop, interrupt, quantize
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, tiny_model
@@ -71,17 +72,7 @@ def written_out(original, loaded):
     with torch.no_grad():
         for path, module in loaded.named_modules():
             if isinstance(module, PackedBankModule):
-                for name in ("gate_up_proj", "down_proj"):
-                    format, tensors = module.projection_format(name), module.projection_tensors(name)
-                    weights = torch.stack([dequantize_expert(format, tensors, e) for e in range(module.num_experts)])
-                    experts = dense.get_submodule(path)
-                    if isinstance(getattr(experts, name, None), nn.Parameter):
-                        getattr(experts, name).copy_(weights)
-                    elif name == "gate_up_proj":
-                        for own, half in zip((experts.gate_proj, experts.up_proj), weights[0].chunk(2), strict=True):
-                            own.weight.copy_(half)
-                    else:
-                        experts.down_proj.weight.copy_(weights[0])
+                write_decoded_(dense.get_submodule(path), module)
             elif isinstance(module, PackedLinear | PackedEmbedding):
                 weight = dequantize_expert(module.format.weight, module.projection_tensors("weight"), 0)
                 dense.get_submodule(path).weight.copy_(weight)
