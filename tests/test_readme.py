@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import plot_results
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +45,17 @@ def test_results_table_is_that_of_the_recorded_measurements(monkeypatch):
 
     recorded = json.loads((ROOT / "docs" / "results" / "fixture.json").read_text(encoding="utf-8"))
     assert readme_table(recorded["results"]) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_picture_is_that_of_the_recorded_measurements(tmp_path):
+    ((alternative, name),) = re.findall(r"!\[(.*?)\]\((.*?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "KL" in alternative
+    picture = ROOT / name
+    if f"Matplotlib v{matplotlib.__version__}," not in picture.read_text(encoding="utf-8"):
+        pytest.skip("another version of matplotlib drew the picture, and places its parts elsewhere")
+    for results in ("fixture", "peers", "real"):
+        shutil.copy(picture.with_name(f"{results}.json"), tmp_path)
+    assert plot_results.draw(tmp_path).read_bytes() == picture.read_bytes(), "run eval/plot_results.py"
 
 
 def test_commands_and_snippet(workplace):

@@ -46,23 +46,21 @@ def test_a_part_of_it_asks_every_script_for_that_part(tmp_path):
     assert table[0] == "eval/real_table.py" and table[table.index("--only") + 1 :] == ["fast", "rtn"]
 
 
-def test_pictures_show_means_over_seeds_and_every_tool(tmp_path):
+def test_picture_shows_means_over_seeds_and_every_tool(tmp_path):
     ours = {"label": "fast", "bits": 2, "bits_per_weight": 2.25}
-    rows = [
-        ours | {"kl": 0.01},
-        ours | {"kl": 0.03},
-        {"label": "default, rq", "bits": 2, "bits_per_weight": 2, "kl": 1},
-    ]
-    peer = {"peer": "rtn", "bits": 2, "bits_per_weight": 2.28, "scores": {"kl": 0.5}}
+    rows = [ours | {"kl": 0.01}, ours | {"kl": 0.03}, ours | {"label": "default, rq", "kl": 1}]
+    peers = [{"peer": "rtn", "bits": 2, "bits_per_weight": 2.28, "scores": {"kl": 0.5}}]
     real = {"group": 2, "bits_per_weight": 2.25, "kl": 0.4, "model": "one"}
     tools = [real | {"tool": "kbvq fast", "text": "test"}, real | {"tool": "autoround", "text": "validation"}]
-    for name, content in (("fixture", {"results": rows}), ("peers", {"rows": [peer]})):
+    for name, content in (("fixture", {"results": rows}), ("peers", {"rows": peers})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert plot_results.bundled_points(tmp_path) == {"kbvq fast": [(2.25, 0.02)], "round to nearest": [(2.28, 0.5)]}
     plot_results.main(["--results", str(tmp_path)])
-    assert not (tmp_path / "real.svg").exists()
+    assert "SmolLM2" not in (tmp_path / "comparison.svg").read_text()
     (tmp_path / "real.json").write_text(json.dumps({"results": tools}))
+    testbed = "SmolLM2-135M, one expert a layer, test text"
+    assert plot_results.real_points(tmp_path) == {testbed: {"kbvq fast": [(2.25, 0.4)]}}
     plot_results.main(["--results", str(tmp_path)])
-    assert plot_results.bundled_points(tmp_path) == {"kbvq fast": [(2.25, 0.02)], "rtn": [(2.28, 0.5)]}
-    assert plot_results.real_points(tmp_path) == {"one, test text": {"kbvq fast": [(2.25, 0.4)]}}
-    for name in ("comparison.svg", "real.svg"):
-        assert (tmp_path / name).read_text().count("<svg") == 1
+    picture = (tmp_path / "comparison.svg").read_text()
+    assert all(f">{text}</text>" in picture for text in (testbed, "kbvq fast", "round to nearest"))
+    assert "AutoRound" not in picture and "prefers-color-scheme: dark" in picture
