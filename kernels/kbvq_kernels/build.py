@@ -23,16 +23,18 @@ logger = logging.getLogger(__name__)
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
 
 TARGETS = {
+    ("x86_64", "AVX512 VBMI BF16"): "-march=icelake-client -mavx512bf16",
+    ("x86_64", "AVX512 VBMI"): "-march=icelake-client",
     ("x86_64", "AVX512 VNNI"): "-march=cascadelake",
     ("x86_64", "AVX512"): "-march=x86-64-v4",
     ("x86_64", "AVX2"): "-march=x86-64-v3",
     ("x86_64", "DEFAULT"): "-march=x86-64",
     ("aarch64", "DEFAULT"): "-march=armv8-a",
 }
-"""(machine, what torch calls its vectors, and products of bytes) -> the instructions that the compiler may use."""
+"""(machine, what torch calls its vectors, and what they do with bytes) -> flags for what the compiler may use."""
 
 LIBRARIES = {
-    "cpu_decode": ("cpu_decode.cpp", "cpu_integer.cpp"),
+    "cpu_decode": ("cpu_decode.cpp", "cpu_integer.cpp", "cpu_integer_trellis.cpp"),
     "cpu_feedback": ("cpu_feedback.cpp",),
     "cpu_trellis": ("cpu_trellis.cpp",),
 }
@@ -53,19 +55,22 @@ def _machine() -> str:
 
 
 def target() -> str:
-    """The compiler's flag for this processor; on a machine that TARGETS does not know, what compilers take for all."""
+    """The compiler's flags for this processor; on a machine that TARGETS does not know, what compilers take for all."""
     vectors = torch.backends.cpu.get_cpu_capability()
     if vectors == "AVX512" and torch.cpu._is_vnni_supported():
-        vectors = "AVX512 VNNI"
-    flag = TARGETS.get((_machine(), vectors)) or TARGETS.get((_machine(), "DEFAULT"))
-    return flag or "-O3"  # given twice
+        permutes = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("avx512_vbmi")
+        vectors += " VBMI" if permutes else " VNNI"
+        vectors += " BF16" if permutes and torch.cpu._is_avx512_bf16_supported() else ""
+    flags = TARGETS.get((_machine(), vectors)) or TARGETS.get((_machine(), "DEFAULT"))
+    return flags or "-O3"  # given twice
 
 
 def _file_name(name: str, target: str) -> str:
     """Says what the library was compiled from, so that another version of this package builds its own."""
     files = [*(SOURCES / file for file in LIBRARIES[name]), *sorted(SOURCES.glob("*.h"))]
     key = hashlib.sha256("\0".join([*(file.read_text() for file in files), *FLAGS]).encode()).hexdigest()[:16]
-    return f"{name}-{target.partition('=')[2] or platform.machine()}-{key}.so"
+    processor = target.partition("=")[2].replace(" -m", "-") or platform.machine()
+    return f"{name}-{processor}-{key}.so"
 
 
 def _compiler() -> str | None:
@@ -76,7 +81,7 @@ def _compile(name: str, target: str, compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / f"{name}.so"
-        command = [compiler, target, *FLAGS, *(str(SOURCES / file) for file in LIBRARIES[name]), "-o", str(built)]
+        command = [compiler, *target.split(), *FLAGS, *(str(SOURCES / file) for file in LIBRARIES[name]), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         built.replace(path)
 
@@ -114,10 +119,10 @@ def main() -> None:
     )
     parser.add_argument("--machine", default=_machine(), choices=sorted({machine for machine, _ in TARGETS}))
     options = parser.parse_args()
-    for (machine, _), flag in TARGETS.items():
+    for (machine, _), flags in TARGETS.items():
         for name in LIBRARIES if machine == options.machine else ():
-            path = options.folder / _file_name(name, flag)
-            _compile(name, flag, options.compiler, path)
+            path = options.folder / _file_name(name, flags)
+            _compile(name, flags, options.compiler, path)
             print(path)
 
 

@@ -1,0 +1,308 @@
+// Products of experts packed by a trellis code with a few vectors in integers (integers.h); the levels are rounded to 8
+// bits.
+//
+// A level is found without memory. The window of 12 bits is multiplied in 16-bit lanes, and the high byte of the product
+// chooses: among 128 magnitudes in eight registers of 16, or with AVX-512 VBMI among 256 levels in four registers of 64.
+#include "integers.h"
+
+namespace {
+
+typedef uint16_t Shorts __attribute__((vector_size(32)));
+
+// The state of row n is a window of 12 bits from bit n * BITS of its column's stream on, which continues at its
+// beginning. Rows are taken by tiles, each from a byte on.
+struct Levels {
+    const uint8_t* magnitudes;  // 128, of the lowest level first; the upper levels have the same, last one first
+    uint32_t multiplier;
+};
+
+const long TRELLIS_BLOCK = 512;   // rows that are summed at once: of 2 bits two cache lines
+const long SUMS = TRELLIS_BLOCK / kLanes;
+
+#ifdef __AVX512VBMI__
+// A tile is four runs of rows; the windows of a run lie in eight bytes.
+template <int BITS>
+struct Tile {
+    static const long RUN = BITS == 4 ? 8 : 16, ROWS = 4 * RUN, BYTES = ROWS * BITS / 8;
+};
+const long OVERHANG = 32;  // bytes that may be read from a tile's first on
+const int SHIFT = 127;     // added to the products' levels, so that they have no sign
+
+// Bytes of a permutation or of shifts, by a function of their place.
+template <class Place>
+inline __m512i bytes_by(Place place) {
+    alignas(64) uint8_t bytes[64];
+    for (int i = 0; i < 64; i++) bytes[i] = place(i);
+    return _mm512_load_si512(bytes);
+}
+
+// SHIFT minus each of the 256 levels, in units.
+struct Table {
+    __m512i parts[4];
+    Table(const uint8_t* magnitudes) {
+        const auto load = [&](int i) { return _mm512_loadu_si512(magnitudes + 64 * i); };
+        const __m512i shift = _mm512_set1_epi8(SHIFT), back = bytes_by([](int i) { return 63 - i; });
+        for (int i = 0; i < 2; i++) {
+            parts[i] = _mm512_add_epi8(shift, load(i));
+            parts[3 - i] = _mm512_sub_epi8(shift, _mm512_permutexvar_epi8(back, load(i)));
+        }
+    }
+    __m512i operator[](__m512i index) const {
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), _mm512_permutex2var_epi8(parts[0], index, parts[1]),
+                                      _mm512_permutex2var_epi8(parts[2], index, parts[3]));
+    }
+};
+
+// SHIFT times the inputs' sum minus the products of four columns' tiles, added to sums.
+template <int BITS, int TOKENS>
+inline void add_products(const uint8_t* const* p, long tiles, const Levels& levels, const Bytes* inputs, Ints (*sums)[SUMS]) {
+    typedef Tile<BITS> T;
+    const Table table(levels.magnitudes);
+    const __m512i low = _mm512_set1_epi16((short)levels.multiplier);
+    const __m512i high = _mm512_set1_epi16((short)(levels.multiplier >> 16));
+    // Eight bytes for each run of two columns; the windows of four of its rows; the high bytes of these by row and column.
+    const __m512i runs = bytes_by([](int i) { return i / 32 * 32 + i / 8 % 4 * (T::RUN * BITS / 8) + i % 8; });
+    const __m512i windows = bytes_by([](int i) { return i % 8 / 2 * BITS + i % 2 * 8; });
+    const __m512i in_rows = bytes_by([](int i) { return i % 4 * 32 + i / 16 * 8 + i / 4 % 4 * 2 + 1; });
+    for (long tile = 0; tile < tiles; tile++) {
+        const auto columns = [&](int first) {
+            const auto at = [&](int i) { return _mm256_loadu_si256((const __m256i*)(p[first + i] + tile * T::BYTES)); };
+            return _mm512_permutexvar_epi8(runs, _mm512_inserti64x4(_mm512_castsi256_si512(at(0)), at(1), 1));
+        };
+        const __m512i left = columns(0), right = columns(2);
+#pragma GCC unroll 4
+        for (int four = 0; four < T::RUN / 4; four++) {
+            const __m512i shifts = _mm512_add_epi8(windows, _mm512_set1_epi8(4 * BITS * four));
+            const auto product = [&](__m512i streams) {  // bits 16 to 31
+                const __m512i all = _mm512_multishift_epi64_epi8(shifts, streams);
+                const __m512i state = _mm512_and_si512(all, _mm512_set1_epi16(0xfff));
+                return _mm512_add_epi16(_mm512_mullo_epi16(state, high), _mm512_mulhi_epu16(state, low));
+            };
+            const __m512i weights = table[_mm512_permutex2var_epi8(product(left), in_rows, product(right))];
+            for (int t = 0; t < TOKENS; t++) {
+                int32_t* sum = (int32_t*)sums[t] + (tile * T::RUN / 4 + four) * 16;
+                const __m512i input = _mm512_broadcast_i64x4((__m256i)inputs[t]);
+                _mm512_storeu_si512(sum, _mm512_dpbusd_epi32(_mm512_loadu_si512(sum), weights, input));
+            }
+        }
+    }
+}
+
+// The row of a tile whose sum is number i.
+template <int BITS>
+inline long row_of(long i) {
+    return i % 16 / 4 * Tile<BITS>::RUN + i / 16 * 4 + i % 4;
+}
+#else
+const int SHIFT = 0;
+const long OVERHANG = 8;  // bytes that may be read after those of a tile
+
+// 16 times as many rows as there are windows before one begins with a byte again.
+template <int BITS>
+struct Tile {
+    static const int PHASES = BITS == 3 ? 8 : 8 / BITS, STRIDE = BITS == 3 ? 3 : 1;
+    static const long ROWS = 16 * PHASES, BYTES = 16 * STRIDE;
+};
+
+#ifdef __AVX2__
+// 16 lanes, of bytes p[STRIDE i + D] and the next.
+template <int STRIDE, int D>
+inline Shorts lanes(const uint8_t* p) {
+    const auto halves = [&](long low, long high) {
+        return _mm256_set_m128i(_mm_loadu_si128((const __m128i*)(p + high)), _mm_loadu_si128((const __m128i*)(p + low)));
+    };
+    if constexpr (STRIDE == 1)
+        return (Shorts)_mm256_shuffle_epi8(
+            halves(0, 8), _mm256_broadcastsi128_si256(_mm_setr_epi8(D, D + 1, D + 1, D + 2, D + 2, D + 3, D + 3, D + 4, D + 4,
+                                                                    D + 5, D + 5, D + 6, D + 6, D + 7, D + 7, D + 8)));
+    else {
+        const __m128i low = _mm_setr_epi8(D, D + 1, D + 3, D + 4, D + 6, D + 7, D + 9, D + 10, -1, -1, -1, -1, -1, -1, -1, -1);
+        return (Shorts)_mm256_or_si256(
+            _mm256_shuffle_epi8(halves(0, 24), _mm256_broadcastsi128_si256(low)),
+            _mm256_shuffle_epi8(halves(12, 36), _mm256_broadcastsi128_si256(_mm_shuffle_epi32(low, 0x4e))));
+    }
+}
+
+// The states of rows PHASE, PHASE + PHASES, …
+template <int BITS, int PHASE>
+inline Shorts states(const uint8_t* p) {
+    const int byte = PHASE * BITS / 8, shift = PHASE * BITS % 8;
+    const Shorts here = lanes<Tile<BITS>::STRIDE, byte>(p) >> shift;
+    if constexpr (shift == 4) return here;
+    else if constexpr (shift < 4) return here & 0xfff;
+    else return (here | lanes<Tile<BITS>::STRIDE, byte + 1>(p) << (8 - shift)) & 0xfff;
+}
+
+// Bytes 0 to 127 choose among the magnitudes.
+inline __m256i choose(const uint8_t* magnitudes, __m256i index) {
+    const auto among = [&](int i) {
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)magnitudes + i)), index);
+    };
+    const __m256i bit4 = _mm256_slli_epi16(index, 3), bit5 = _mm256_slli_epi16(index, 2), bit6 = _mm256_slli_epi16(index, 1);
+    const auto two = [&](int i) { return _mm256_blendv_epi8(among(i), among(i + 1), bit4); };
+    const auto four = [&](int i) { return _mm256_blendv_epi8(two(i), two(i + 2), bit5); };
+    return _mm256_blendv_epi8(four(0), four(4), bit6);
+}
+
+// Which levels the rows of two columns' tile have: bytes of the one and the other in turn, a vector for each phase.
+template <int BITS, int PHASE = 0>
+inline void tile_indices(const uint8_t* left, const uint8_t* right, uint32_t multiplier, Bytes* out) {
+    if constexpr (PHASE < Tile<BITS>::PHASES) {
+        const auto product = [&](const uint8_t* p) {  // bits 16 to 31
+            const __m256i state = (__m256i)states<BITS, PHASE>(p);
+            const __m256i high = _mm256_mullo_epi16(state, _mm256_set1_epi16((short)(multiplier >> 16)));
+            return _mm256_add_epi16(high, _mm256_mulhi_epu16(state, _mm256_set1_epi16((short)multiplier)));
+        };
+        const __m256i low = _mm256_srli_epi16(product(left), 8);
+        out[2 * PHASE] = (Bytes)_mm256_blendv_epi8(low, product(right), _mm256_set1_epi16(-256));
+        tile_indices<BITS, PHASE + 1>(left, right, multiplier, out);
+    }
+}
+
+// Minus the products of four columns' tiles, added to sums.
+template <int BITS, int TOKENS>
+inline void add_products(const uint8_t* const* p, long tiles, const Levels& levels, const Bytes* inputs, Ints (*sums)[SUMS]) {
+    Bytes indices[SUMS];
+    const long phases = Tile<BITS>::PHASES;
+    for (long tile = 0; tile < tiles; tile++)
+        for (long pair = 0; pair < 2; pair++)
+            tile_indices<BITS>(p[2 * pair] + tile * Tile<BITS>::BYTES, p[2 * pair + 1] + tile * Tile<BITS>::BYTES,
+                               levels.multiplier, indices + tile * 2 * phases + pair);
+#pragma GCC unroll 1
+    for (long i = 0; i < tiles * 2 * phases; i += 2) {
+        const __m256i left = (__m256i)indices[i], right = (__m256i)indices[i + 1];
+        const __m256i halves[2] = {_mm256_unpacklo_epi16(left, right), _mm256_unpackhi_epi16(left, right)};
+        for (int half = 0; half < 2; half++) {
+            const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), halves[half]);
+            const Bytes weights = (Bytes)choose(levels.magnitudes, _mm256_xor_si256(halves[half], upper));
+            const Bytes signs = (Bytes)_mm256_or_si256(upper, _mm256_set1_epi8(1));
+            for (int t = 0; t < TOKENS; t++)
+                sums[t][i + half] = dot(sums[t][i + half], weights, with_signs(inputs[t], signs));
+        }
+    }
+}
+
+// The row of a tile whose sum is number i.
+template <int BITS>
+inline long row_of(long i) {
+    const long phase = i / 16, half = i / 8 % 2, lane = i % 8;
+    return (lane / 4 * 8 + half * 4 + lane % 4) * Tile<BITS>::PHASES + phase;
+}
+#else
+template <int BITS, int TOKENS>
+inline void add_products(const uint8_t* const* p, long tiles, const Levels& levels, const Bytes* inputs, Ints (*sums)[SUMS]) {
+    for (long row = 0; row < tiles * Tile<BITS>::ROWS; row++)
+        for (int column = 0; column < 4; column++) {
+            const uint8_t* bytes = p[column] + row * BITS / 8;
+            const uint32_t word = bytes[0] | bytes[1] << 8 | bytes[2] << 16;
+            const uint32_t index = (word >> row * BITS % 8 & 0xfff) * levels.multiplier >> 24;
+            const int weight = index < 128 ? levels.magnitudes[index] : -levels.magnitudes[255 - index];
+            for (int t = 0; t < TOKENS; t++) ((int32_t*)sums[t])[row] += weight * inputs[t][column];
+        }
+}
+
+template <int BITS>
+inline long row_of(long i) { return i; }
+#endif
+#endif
+
+// Bytes of four columns that hold the windows of a block of rows; copied where they wrap around.
+template <int BITS>
+class Streams {
+  public:
+    Streams(const uint8_t* codes, long column, long columns, long bytes, long begin, long size) {
+        for (int c = 0; c < 4; c++) {
+            const uint8_t* stream = codes + (column + c < columns ? column + c : columns - 1) * bytes;
+            begins[c] = stream + begin;
+            if (begin + size <= bytes) continue;
+            long filled = 0;
+            for (long from = begin; filled < size; from = 0) {
+                const long part = bytes - from < size - filled ? bytes - from : size - filled;
+                std::memcpy(copied_[c] + filled, stream + from, part);
+                filled += part;
+            }
+            begins[c] = copied_[c];
+        }
+    }
+    const uint8_t* begins[4];
+
+  private:
+    uint8_t copied_[4][TRELLIS_BLOCK * BITS / 8 + OVERHANG];
+};
+
+// Rows first .. last - 1, at most a block of them, of the products with TOKENS vectors x.
+template <int BITS, int TOKENS>
+void trellis_block(const Run<Token>& run, const uint8_t* codes, const Levels& levels, float unit, long rows, long columns,
+                   long first, long last) {
+    const long tiles = (last - first + Tile<BITS>::ROWS - 1) / Tile<BITS>::ROWS, bytes = rows * BITS / 8;
+    const long size = tiles * Tile<BITS>::BYTES + OVERHANG;
+    Floats sums[TOKENS][SUMS] = {};
+    for (long k = 0; k < columns;) {
+        const long block = k / BLOCK, end = k + BLOCK < columns ? k + BLOCK : columns;
+        Ints part[TOKENS][SUMS] = {};
+        if (SHIFT)
+            for (int t = 0; t < TOKENS; t++) {
+                int32_t inputs = 0;
+                for (long i = 0; i < BLOCK; i++) inputs += run.inputs[t].values[block * BLOCK + i];
+                for (Ints& sums : part[t]) sums = all(-SHIFT * inputs);
+            }
+        for (; k < end; k += 4) {
+            const Streams<BITS> streams(codes, k, columns, bytes, first / 8 * BITS, size);
+            for (int c = 32; c < 36; c++)  // hidden by eight steps
+                for (long line = 0; line < size; line += 64)
+                    __builtin_prefetch(codes + (k + c) * bytes + first / 8 * BITS + line);
+            Bytes inputs[TOKENS];
+            for (int t = 0; t < TOKENS; t++) inputs[t] = (Bytes)all(load<int32_t>(run.inputs[t].values + k));
+            add_products<BITS, TOKENS>(streams.begins, tiles, levels, inputs, part);
+        }
+        for (int t = 0; t < TOKENS; t++)
+            for (long i = 0; i < tiles * Tile<BITS>::ROWS / kLanes; i++)
+                sums[t][i] += __builtin_convertvector(part[t][i], Floats) * (-unit * run.inputs[t].scales[block]);
+    }
+    for (int t = 0; t < TOKENS; t++)
+        for (long i = 0; i < tiles * Tile<BITS>::ROWS; i++) {
+            const long row = first + i / Tile<BITS>::ROWS * Tile<BITS>::ROWS + row_of<BITS>(i % Tile<BITS>::ROWS);
+            if (row < last) run.outputs[t][row] = ((const float*)sums[t])[i];
+        }
+}
+
+template <int BITS, int TOKENS>
+void trellis_run(const Run<Token>& run, const uint8_t* codes, const Levels& levels, float unit, long rows, long columns,
+                 long first, long last) {
+    if (run.tokens == TOKENS) trellis_block<BITS, TOKENS>(run, codes, levels, unit, rows, columns, first, last);
+    else if constexpr (TOKENS > 1)
+        trellis_run<BITS, TOKENS - 1>(run, codes, levels, unit, rows, columns, first, last);
+}
+
+template <int BITS>
+void trellis_products(const uint8_t* codes, const Levels& levels, float unit, const std::vector<Run<Token>>& runs,
+                      long rows, long columns, long threads) {
+    const long blocks = (rows + TRELLIS_BLOCK - 1) / TRELLIS_BLOCK, count = (long)runs.size() * blocks;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < count; i++) {
+        const Run<Token>& run = runs[i / blocks];
+        const long first = i % blocks * TRELLIS_BLOCK;
+        const long last = first + TRELLIS_BLOCK < rows ? first + TRELLIS_BLOCK : rows;
+        trellis_run<BITS, MOST>(run, codes + run.expert * columns * (rows * BITS / 8), levels, unit, rows, columns, first,
+                                last);
+    }
+}
+
+}  // namespace
+
+// out[p, n] = <decode(codes[experts[p], :, n]), x[rows_of_x[p]]> with x [tokens, columns] rounded to 8 bits; experts must
+// be valid and ascending. magnitudes: of the lower half of the levels, in units, 0 to 127.
+extern "C" void kbvq_integer_trellis_products(const uint8_t* codes, const uint8_t* magnitudes, const float* x,
+                                              const int64_t* rows_of_x, const int64_t* experts, float* out, float unit,
+                                              uint32_t multiplier, long tokens, long pairs, long rows, long columns,
+                                              long bits, long threads) {
+    const Levels levels = {magnitudes, multiplier};
+    const Tokens rounded(x, tokens, columns);
+    const auto input = [&](long t) { return rounded[t]; };
+    const auto runs = runs_of<Token>(experts, pairs, rows_of_x, input, out, rows);
+    const auto run = bits == 1   ? trellis_products<1>
+                     : bits == 2 ? trellis_products<2>
+                     : bits == 3 ? trellis_products<3>
+                                 : trellis_products<4>;
+    run(codes, levels, unit, runs, rows, columns, threads);
+}
