@@ -81,7 +81,8 @@ def _compile(name: str, target: str, compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / f"{name}.so"
-        command = [compiler, *target.split(), *FLAGS, *(str(SOURCES / file) for file in LIBRARIES[name]), "-o", str(built)]
+        sources = [str(SOURCES / file) for file in LIBRARIES[name]]
+        command = [compiler, *target.split(), *FLAGS, *sources, "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         built.replace(path)
 

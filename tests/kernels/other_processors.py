@@ -122,7 +122,7 @@ def replayed(calls: list[Call], target: str, compiler: str, runner: list[str]) -
         flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
         sources = [Path(__file__).with_name("replay.cpp")]
         sources += [build.SOURCES / file for file in build.LIBRARIES["cpu_decode"]]
-        subprocess.run([compiler, target, *flags, *map(str, sources), "-o", str(program)], check=True)
+        subprocess.run([compiler, *target.split(), *flags, *map(str, sources), "-o", str(program)], check=True)
         trace.write_bytes(b"".join(call.record() for call in calls))
         subprocess.run([*runner, str(program), str(trace), str(results)], check=True)
         content, at, found = results.read_bytes(), 0, []
@@ -148,7 +148,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="the compiler's flag, e.g. -march=armv8-a (build.TARGETS)")
+    parser.add_argument("--target", required=True, help="flags of the compiler, e.g. -march=armv8-a (build.TARGETS)")
     parser.add_argument("--compiler", default="g++")
     parser.add_argument("--runner", default="", help="what executes its programs here, if they are foreign")
     options = parser.parse_args()
