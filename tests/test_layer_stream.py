@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, T5Config
 from transformers.quantizers import HfQuantizer
 
 from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
@@ -64,6 +65,37 @@ def test_head_and_whole_model_compute_what_from_pretrained_does(tmp_path, arch):
         assert not torch.allclose(changed, expected)
     assert all(parameter.is_meta for parameter in stream.model.parameters())
     assert_streams_like_the_whole_model(tmp_path)  # and the stream is as good as new
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_model_is_that_of_from_pretrained(tmp_path, arch, dtype):
+    save_tiny_model(tmp_path, arch, dtype=torch.bfloat16, max_shard_size="100KB")
+    GenerationConfig(max_new_tokens=7, eos_token_id=None).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    loaded = open_stream(tmp_path, dtype).load()
+    assert type(loaded) is type(expected) and not loaded.training
+    theirs = dict(expected.named_parameters()) | dict(expected.named_buffers())
+    ours = dict(loaded.named_parameters()) | dict(loaded.named_buffers())  # a tied parameter once
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs)
+    continuations = [model.generate(IDS, do_sample=False) for model in (loaded, expected)]
+    assert continuations[0].shape == (3, IDS.shape[1] + 7) and torch.equal(*continuations)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident pages by file are in /proc")
+def test_loaded_model_keeps_no_pages_of_experts_that_it_fused(tmp_path):
+    model = save_tiny_model(tmp_path, "qwen3_moe", hidden_size=128, moe_intermediate_size=1024)
+    experts = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".experts." in name)
+    loaded = open_stream(tmp_path).load()
+    resident, mapped = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            mapped = str(tmp_path) in line
+        elif mapped and line.startswith("Rss:"):
+            resident += 1024 * int(line.split()[1])
+    # Weights that are taken as they are may stay mapped, and with each the system maps what lies around it.
+    assert resident < experts / 2, loaded
 
 
 def rewrite(path, change):

@@ -8,15 +8,18 @@ a loader lacks is said when a model is named, before anything is measured.
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kbvq.errors import CheckpointError, ConfigError
-from kbvq.models.layer_stream import return_freed_memory
+from kbvq.errors import CheckpointError, ConfigError, UnsupportedModelError
+from kbvq.models.layer_stream import LayerStream, resolve_model_folder, return_freed_memory
 from kbvq_eval.parts import fingerprint
+
+logger = logging.getLogger("kbvq")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,7 +81,7 @@ class LoadedModel:
         """Raises CheckpointError also when the checkpoint lacks weights of the model, which would stay random, and when
         another tool's loader leaves some of its checkpoint out."""
         if self._model is None:
-            load = _load_gptq if self.method == "gptq" else self._load
+            load = {"gptq": _load_gptq, None: self._load_original}.get(self.method, self._load)
             try:
                 self._model = load(self.path, DTYPES[self.dtype], self.device).eval()
             except torch.OutOfMemoryError:
@@ -101,6 +104,18 @@ class LoadedModel:
             return {"pretrained_model_name_or_path": self.path}
         path = Path(self.path)
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+    def _load_original(self, path: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+        """In main memory a parameter at a time (`LayerStream.load`) for the families that kbvq quantizes: transformers
+        takes twice the model there."""
+        if device == "cpu":
+            try:
+                stream = LayerStream(resolve_model_folder(path), dtype=dtype, device=device)
+            except (UnsupportedModelError, CheckpointError) as error:
+                logger.info("%s is loaded by transformers: %s", path, error)
+            else:
+                return stream.load()
+        return self._load(path, dtype, device)
 
     def _load(self, path: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
         model, found = AutoModelForCausalLM.from_pretrained(

@@ -30,6 +30,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -278,6 +279,26 @@ class LayerStream:
             for path, module in originals.items():
                 self.model.set_submodule(path, module)
 
+    def load(self) -> PreTrainedModel:
+        """The model with all its weights for good, as `from_pretrained` makes it; the stream is not used afterwards.
+
+        `from_pretrained` keeps every shard mapped until the last weight is read, and for as long as any weight that it
+        takes as it is: all pages of the checkpoint are then resident beside the copies made of them. Here the shards
+        are mapped anew for each parameter, and the pages of one that is copied are given back before the next.
+        """
+        for layer in self.layers:
+            self._initialize_buffers(layer)
+        tied = {name: first for name, first in self._tied.items() if self.is_tied(name, first)}
+        self._materialize([name for name in self._skeleton if name not in tied])
+        for name, first in tied.items():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._parameters[leaf] = self.model.get_parameter(first)
+        self.config.use_cache = True
+        if self.model.can_generate() and (self.folder / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        return_freed_memory()
+        return self.model
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """What the model makes of the last decoder layer's output: [B, S, H] -> [B, S, vocabulary] on `device`,
         differentiable.
@@ -452,14 +473,15 @@ class LayerStream:
 
     def _materialize(self, names: list[str]) -> None:
         """Give these parameters and buffers their weights."""
-        with self._files.open() as fetch:
-            for name in names:
-                stored = name if name in self._sources else self._tied[name]
-                dtype = torch.float32 if self.keeps_float32(name) else self._skeleton[name].dtype
+        for name in names:
+            stored = name if name in self._sources else self._tied[name]
+            dtype = torch.float32 if self.keeps_float32(name) else self._skeleton[name].dtype
+            # Reopened for each: pages of a mapped shard stay resident as long as any tensor of that mapping is in use.
+            with self._files.open() as fetch:
                 # Cast once fused: a copy of each expert in a wider dtype would cost more memory than the layer itself.
                 read = partial(fetch, device=self.device, dtype=dtype)
                 tensor = self._assemble(stored, read).to(dtype)
-                self._put(name, tensor)
+            self._put(name, tensor)
 
     @contextmanager
     def _materialized(self, names: list[str]) -> Iterator[None]:
