@@ -81,6 +81,11 @@ def _byte_values(bits: int) -> Tensor:
 
 
 @functools.cache
+def _bfloat16_levels() -> Tensor:
+    return trellis_levels().to(torch.bfloat16)
+
+
+@functools.cache
 def _trellis_magnitudes() -> tuple[Tensor, float]:
     """(uint8 [128], unit): the lower half of the levels is -unit times them, within half a unit."""
     lower = -trellis_levels()[:128].float()
@@ -104,35 +109,45 @@ def _check(failed: int) -> None:
         raise ValueError("a codeword belongs to a group that has no table; the packed tensors are damaged")
 
 
-def decode_expert(p: PreparedProjection, expert: int) -> Tensor:
-    """decode(codes_e), float32 [N, K]; of a trellis code a transposed view."""
+def _weight_buffer(p: PreparedProjection, dtype: torch.dtype) -> Tensor:
+    """Room for the weights of one expert, in the order in which they are decoded."""
+    shape = (p.in_features, p.out_features) if p.trellis_bits else (p.out_features, p.in_features)
+    return torch.empty(shape, dtype=dtype)
+
+
+def decode_expert(p: PreparedProjection, expert: int, buffer: Tensor | None = None) -> Tensor:
+    """decode(codes_e), [N, K]; of a trellis code a transposed view.
+
+    buffer: from `_weight_buffer`, float32 or bfloat16, filled where a compiler serves; None: new memory, float32.
+    """
     book = min(expert, p.table.shape[0] - 1)
     codes, table = p.codes[expert], p.table[book]
     groups = None if p.groups is None else p.groups[book]
     compiled = library()
-    threads = torch.get_num_threads()
+    out = _weight_buffer(p, torch.float32) if buffer is None else buffer
+    kind, threads = int(out.dtype == torch.bfloat16), torch.get_num_threads()
     if p.trellis_bits:
         if compiled is None:
-            return _decode_trellis(p, codes).T
-        out = torch.empty(p.in_features, p.out_features)
-        sizes = _longs(p.out_features, p.in_features, p.trellis_bits, threads)
-        compiled.kbvq_trellis_decode(_address(codes), _address(p.words), _address(out), *sizes)
+            return _decode_trellis(p, codes).T.to(out.dtype)
+        pointers = (_address(t) for t in (codes, p.words, _bfloat16_levels(), out))
+        multiplier = ctypes.c_uint32(TRELLIS_MULTIPLIERS[p.trellis_bits])
+        sizes = _longs(kind, p.out_features, p.in_features, p.trellis_bits, threads)
+        compiled.kbvq_trellis_decode(*pointers, multiplier, *sizes)
         return out.T
     if compiled is not None:
-        out = torch.empty(p.out_features, p.in_features)
         pointers = (_address(t) for t in (codes, table, groups, out))
-        _check(compiled.kbvq_decode(*pointers, *_longs(*_format(p), threads)))
+        _check(compiled.kbvq_decode(*pointers, *_longs(kind, *_format(p), threads)))
         return out
     stages = _unpack_codes(p, expert)
     weight = F.embedding(stages[0], table[0]).flatten(-2)
     if p.signed:
         signs = codes[:, p.plane : p.plane + p.in_features // 8].int()
-        return weight.mul_(F.embedding(signs, _byte_signs()).flatten(-2))
+        return weight.mul_(F.embedding(signs, _byte_signs()).flatten(-2)).to(out.dtype)
     first = 0 if groups is None else groups.int()[stages[0]] * p.codebook_size
     for stage, code in enumerate(stages[1:]):
         tables = table[1 + stage * p.num_groups : 1 + (stage + 1) * p.num_groups].flatten(0, 1)
         weight.add_(F.embedding(first + code, tables).flatten(-2))
-    return weight
+    return weight.to(out.dtype)
 
 
 def dequantize_expert(p: PreparedProjection, expert: int) -> Tensor:
@@ -202,9 +217,12 @@ def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjec
     return out
 
 
-def _linear(x: Tensor, p: PreparedProjection, expert: int) -> Tensor:
-    """W_e x + b_e of many tokens, [T, N] in x's dtype, float32 or bfloat16; the scale multiplies the products."""
-    y = F.linear(x, decode_expert(p, expert).to(x.dtype))
+def _linear(x: Tensor, p: PreparedProjection, expert: int, buffer: Tensor) -> Tensor:
+    """W_e x + b_e of many tokens, [T, N] in x's dtype, float32 or bfloat16; the scale multiplies the products.
+
+    buffer: decode_expert's, of x's dtype; used again for each expert: new memory costs as much as decoding.
+    """
+    y = F.linear(x, decode_expert(p, expert, buffer))
     if p.rank:
         low = F.linear(x, p.basis.to(x.dtype))
         coefficients = p.coefficients[expert].float()
@@ -223,7 +241,7 @@ def linear(x: Tensor, p: PreparedProjection) -> Tensor:
         rows = torch.arange(num_tokens)
         return _decode_products(x.float().contiguous(), rows, torch.zeros_like(rows), p, False).to(x.dtype)
     inputs = x if x.dtype == torch.bfloat16 and multiplies_bfloat16() else x.float()
-    return _linear(inputs, p, 0).to(x.dtype)
+    return _linear(inputs, p, 0, _weight_buffer(p, inputs.dtype)).to(x.dtype)
 
 
 @functools.cache
@@ -267,9 +285,11 @@ def moe_forward(
         rows = _decode_products(h, torch.arange(len(pairs)), hit, down, integers)
         y.index_add_(0, tokens, rows.mul_(weights[pairs]))
     inputs = x if x.dtype == torch.bfloat16 and multiplies_bfloat16() else x.float()
-    for e in sorted(pairs_of.keys() - set(few)):
+    many = sorted(pairs_of.keys() - set(few))
+    gate_up_buffer, down_buffer = (_weight_buffer(p, inputs.dtype) if many else None for p in (gate_up, down))
+    for e in many:
         pairs = torch.tensor(pairs_of[e])
         tokens = pairs // top_k
-        gate, up = _linear(inputs[tokens], gate_up, e).chunk(2, -1)
-        y.index_add_(0, tokens, _linear(act(gate) * up, down, e).float() * weights[pairs])
+        gate, up = _linear(inputs[tokens], gate_up, e, gate_up_buffer).chunk(2, -1)
+        y.index_add_(0, tokens, _linear(act(gate) * up, down, e, down_buffer).float() * weights[pairs])
     return y.to(x.dtype)

@@ -1,4 +1,5 @@
-// Decodes packed experts on the CPU in float32: products with a few vectors, and whole rows. Compiled by build.py, once
+// Decodes packed experts on the CPU in float32: products with a few vectors, and whole experts, also rounded to bfloat16.
+// Compiled by build.py, once
 // for each kind of processor: all arithmetic is on vectors of eight floats, which the compiler maps to what the target has.
 //
 // Weights come in chunks of eight of a row: one codeword of 8, two of 4 or four of 2, a table load each; signs are one
@@ -9,11 +10,12 @@
 // A trellis code has a lookup for every weight, which no register holds. One lookup here gives the values of two rows
 // at once: their states overlap in all but `bits` bits, and a table of 2^(12 + bits) pairs of 16-bit floats is 32 KiB
 // for 1 bit and 64 KiB for 2. Eight rows of a column are four lookups and a conversion.
-#ifdef __F16C__
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
 #include "packed.h"
+#include "trellis_windows.h"
 #include "vectors.h"
 
 namespace {
@@ -168,26 +170,46 @@ void all_products(const Format& f, const Expert& bank, const std::vector<Run<con
     }
 }
 
-template <int D, bool WIDE, Kind KIND>
-void decode_row(const Format& f, const Expert& e, const uint8_t* row, float* out) {
-    const long chunks = f.vectors * D / 8;
-    for (long c = 0; c < chunks; c++) {
-        const Floats weights = chunk<D, WIDE, KIND>(f, e, row, c);
-        std::memcpy(out + 8 * c, &weights, sizeof weights);
-    }
-    remainder<D, WIDE, KIND>(f, e, row, out + 8 * chunks);
+typedef uint16_t Bfloat;  // bfloat16
+
+// The first `count` of eight weights.
+inline void put(float* out, Floats weights, long count) { std::memcpy(out, &weights, count * sizeof *out); }
+
+inline void put(Bfloat* out, Floats weights, long count) {
+    typedef Bfloat Bfloats __attribute__((vector_size(16)));
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+    const Bfloats rounded = (Bfloats)_mm256_cvtneps_pbh((__m256)weights);
+#else
+    const Words bits = (Words)weights;  // to the nearest, of two the even one
+    const Bfloats rounded = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Bfloats);
+#endif
+    std::memcpy(out, &rounded, count * sizeof *out);
 }
 
-template <int D, bool WIDE>
-void all_rows(const Format& f, const Expert& e, float* out, long threads) {
+template <int D, bool WIDE, Kind KIND, class Weight>
+void decode_row(const Format& f, const Expert& e, const uint8_t* row, Weight* out) {
+    const long chunks = f.vectors * D / 8;
+    for (long c = 0; c < chunks; c++) put(out + 8 * c, chunk<D, WIDE, KIND>(f, e, row, c), 8);
+    float rest[8] = {};
+    const int count = remainder<D, WIDE, KIND>(f, e, row, rest);
+    put(out + 8 * chunks, load<Floats>(rest), count);
+}
+
+template <int D, bool WIDE, class Weight>
+void all_rows(const Format& f, const Expert& e, Weight* out, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long n = 0; n < f.rows; n++) {
         const uint8_t* row = e.codes + n * f.row_bytes;
-        float* weights = out + n * f.vectors * D;
+        Weight* weights = out + n * f.vectors * D;
         if (f.stages > 1) decode_row<D, WIDE, SUM>(f, e, row, weights);
         else if (!f.signs) decode_row<D, WIDE, PLAIN>(f, e, row, weights);
         else if constexpr (D > 2 && !WIDE) decode_row<D, WIDE, SIGNED>(f, e, row, weights);
     }
+}
+
+template <int D, bool WIDE>
+void all_rows(const Format& f, const Expert& e, void* out, bool bfloat16, long threads) {
+    bfloat16 ? all_rows<D, WIDE>(f, e, (Bfloat*)out, threads) : all_rows<D, WIDE>(f, e, (float*)out, threads);
 }
 
 // Trellis: the 12-bit states of rows 8 g .. 8 g + 7 are windows of the bits from byte g * bits on of the column's
@@ -275,21 +297,74 @@ void trellis_all_products(const uint8_t* codes, const uint32_t* pairs, const std
     }
 }
 
+#ifdef __AVX512VBMI__
+// The levels of a trellis code in bfloat16, put in the places of 64 rows at once.
 template <int BITS>
-void trellis_all_columns(const uint8_t* codes, const uint32_t* pairs, float* out, long rows, long columns,
-                         long threads) {
+class BfloatRows {
+  public:
+    BfloatRows(const Bfloat* levels, uint32_t multiplier) : windows_(multiplier) {
+        const __m512i even = bytes_by([](int i) { return 2 * i; });
+        for (int i = 0; i < 4; i++) {
+            const __m512i half[2] = {_mm512_loadu_si512(levels + 64 * i), _mm512_loadu_si512(levels + 64 * i + 32)};
+            low_.parts[i] = _mm512_permutex2var_epi8(half[0], even, half[1]);
+            high_.parts[i] = _mm512_permutex2var_epi8(half[0], _mm512_or_si512(even, _mm512_set1_epi8(1)), half[1]);
+        }
+    }
+    void operator()(const uint8_t* stream, long rows, Bfloat* out) const {
+        // The bytes of eight rows each; the levels' numbers by row, such that unpacking leaves the rows in order.
+        const __m512i eights = bytes_by([](int i) { return i / 8 * BITS + i % 8; });
+        const __m512i in_rows = bytes_by([](int i) {
+            const int row = i % 16 / 8 * 32 + i / 16 * 8 + i % 8;
+            return row % 8 / 4 * 64 + row / 8 * 8 + row % 4 * 2 + 1;
+        });
+        for (long n = 0; n < rows; n += 64, stream += 8 * BITS) {
+            const long left = rows - n < 64 ? rows - n : 64, bytes = (left + 7) / 8 * BITS + 8;
+            const __m512i streams = _mm512_permutexvar_epi8(eights, _mm512_maskz_loadu_epi8(~0ull >> (64 - bytes), stream));
+            const __m512i index = _mm512_permutex2var_epi8(windows_(streams, 0), in_rows, windows_(streams, 4));
+            const __m512i low = low_[index], high = high_[index];
+            const uint64_t mask = ~0ull >> (64 - left);
+            _mm512_mask_storeu_epi16(out + n, (__mmask32)mask, _mm512_unpacklo_epi8(low, high));
+            _mm512_mask_storeu_epi16(out + n + 32, (__mmask32)(mask >> 32), _mm512_unpackhi_epi8(low, high));
+        }
+    }
+
+  private:
+    const Windows<BITS> windows_;
+    Choice low_, high_;  // bytes
+};
+#endif
+
+// put(stream, rows, place) for each part of a column, whose first row has that place in the transposed weights.
+template <int BITS, class Put>
+void put_columns(const uint8_t* codes, long rows, long columns, long threads, Put put) {
     const long bytes = rows * BITS / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long k = 0; k < columns; k++)
         for (long first = 0; first < rows; first += TRELLIS_BLOCK) {
-            const long last = first + TRELLIS_BLOCK < rows ? first + TRELLIS_BLOCK : rows, groups = (last - first + 7) / 8;
-            const Stream<BITS> stream(codes + k * bytes, bytes, first, groups);
-            for (long g = 0; g < groups; g++) {
-                const Floats weights = values<BITS>(stream.bytes, g, pairs);
-                const long left = last - first - 8 * g;
-                std::memcpy(out + k * rows + first + 8 * g, &weights, (left < 8 ? left : 8) * sizeof(float));
-            }
+            const long count = first + TRELLIS_BLOCK < rows ? TRELLIS_BLOCK : rows - first;
+            const Stream<BITS> stream(codes + k * bytes, bytes, first, (count + 7) / 8);
+            put(stream.bytes, count, k * rows + first);
         }
+}
+
+template <int BITS>
+void trellis_all_columns(const uint8_t* codes, const uint32_t* pairs, const Bfloat* levels, uint32_t multiplier, void* out,
+                         bool bfloat16, long rows, long columns, long threads) {
+    const auto put_pairs = [&](auto* weights) {
+        put_columns<BITS>(codes, rows, columns, threads, [=](const uint8_t* stream, long count, long place) {
+            for (long n = 0; n < count; n += 8)
+                put(weights + place + n, values<BITS>(stream, n / 8, pairs), count - n < 8 ? count - n : 8);
+        });
+    };
+    if (!bfloat16) return put_pairs((float*)out);
+#ifdef __AVX512VBMI__
+    const BfloatRows<BITS> put_rows(levels, multiplier);
+    put_columns<BITS>(codes, rows, columns, threads,
+                      [&](const uint8_t* stream, long count, long place) { put_rows(stream, count, (Bfloat*)out + place); });
+#else
+    (void)levels, (void)multiplier;
+    put_pairs((Bfloat*)out);
+#endif
 }
 
 }  // namespace
@@ -321,14 +396,14 @@ extern "C" int kbvq_products(const uint8_t* codes, const float* table, const uin
     return 0;
 }
 
-// out[n] = decode(codes[n]), all rows of one expert. Returns as kbvq_products.
-extern "C" int kbvq_decode(const uint8_t* codes, const float* table, const uint8_t* groups, float* out, long rows,
-                           long vectors, long plane, long row_bytes, long dim, long codewords, long stages,
+// out[n] = decode(codes[n]), all rows of one expert, float32 or bfloat16. Returns as kbvq_products.
+extern "C" int kbvq_decode(const uint8_t* codes, const float* table, const uint8_t* groups, void* out, long bfloat16,
+                           long rows, long vectors, long plane, long row_bytes, long dim, long codewords, long stages,
                            long num_groups, long signs, long threads) {
     const Format f = {rows, vectors, plane, row_bytes, codewords, stages, num_groups, signs != 0};
     if (!groups_exist(f, groups, 1)) return 1;
     const Expert expert = {codes, table, groups};
-    DISPATCH(all_rows, f, expert, out, threads)
+    DISPATCH(all_rows, f, expert, out, bfloat16 != 0, threads)
     return 0;
 }
 
@@ -341,8 +416,8 @@ extern "C" void kbvq_trellis_products(const uint8_t* codes, const uint32_t* pair
     DISPATCH_BITS(trellis_all_products, codes, pairs, runs, rows, columns, threads)
 }
 
-// out[k, n]: the weights of one expert, transposed as their streams are.
-extern "C" void kbvq_trellis_decode(const uint8_t* codes, const uint32_t* pairs, float* out, long rows, long columns,
-                                    long bits, long threads) {
-    DISPATCH_BITS(trellis_all_columns, codes, pairs, out, rows, columns, threads)
+// out[k, n]: the weights of one expert, transposed as their streams are, float32 or bfloat16; levels: 256, bfloat16.
+extern "C" void kbvq_trellis_decode(const uint8_t* codes, const uint32_t* pairs, const uint16_t* levels, void* out,
+                                    uint32_t multiplier, long bfloat16, long rows, long columns, long bits, long threads) {
+    DISPATCH_BITS(trellis_all_columns, codes, pairs, levels, multiplier, out, bfloat16 != 0, rows, columns, threads)
 }

@@ -4,6 +4,7 @@
 // A level is found without memory. The window of 12 bits is multiplied in 16-bit lanes, and the high byte of the product
 // chooses: among 128 magnitudes in eight registers of 16, or with AVX-512 VBMI among 256 levels in four registers of 64.
 #include "integers.h"
+#include "trellis_windows.h"
 
 namespace {
 
@@ -28,41 +29,26 @@ struct Tile {
 const long OVERHANG = 32;  // bytes that may be read from a tile's first on
 const int SHIFT = 127;     // added to the products' levels, so that they have no sign
 
-// Bytes of a permutation or of shifts, by a function of their place.
-template <class Place>
-inline __m512i bytes_by(Place place) {
-    alignas(64) uint8_t bytes[64];
-    for (int i = 0; i < 64; i++) bytes[i] = place(i);
-    return _mm512_load_si512(bytes);
-}
-
 // SHIFT minus each of the 256 levels, in units.
-struct Table {
-    __m512i parts[4];
-    Table(const uint8_t* magnitudes) {
-        const auto load = [&](int i) { return _mm512_loadu_si512(magnitudes + 64 * i); };
-        const __m512i shift = _mm512_set1_epi8(SHIFT), back = bytes_by([](int i) { return 63 - i; });
-        for (int i = 0; i < 2; i++) {
-            parts[i] = _mm512_add_epi8(shift, load(i));
-            parts[3 - i] = _mm512_sub_epi8(shift, _mm512_permutexvar_epi8(back, load(i)));
-        }
+inline Choice shifted_levels(const uint8_t* magnitudes) {
+    const auto load = [&](int i) { return _mm512_loadu_si512(magnitudes + 64 * i); };
+    const __m512i shift = _mm512_set1_epi8(SHIFT), back = bytes_by([](int i) { return 63 - i; });
+    Choice levels;
+    for (int i = 0; i < 2; i++) {
+        levels.parts[i] = _mm512_add_epi8(shift, load(i));
+        levels.parts[3 - i] = _mm512_sub_epi8(shift, _mm512_permutexvar_epi8(back, load(i)));
     }
-    __m512i operator[](__m512i index) const {
-        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), _mm512_permutex2var_epi8(parts[0], index, parts[1]),
-                                      _mm512_permutex2var_epi8(parts[2], index, parts[3]));
-    }
-};
+    return levels;
+}
 
 // SHIFT times the inputs' sum minus the products of four columns' tiles, added to sums.
 template <int BITS, int TOKENS>
 inline void add_products(const uint8_t* const* p, long tiles, const Levels& levels, const Bytes* inputs, Ints (*sums)[SUMS]) {
     typedef Tile<BITS> T;
-    const Table table(levels.magnitudes);
-    const __m512i low = _mm512_set1_epi16((short)levels.multiplier);
-    const __m512i high = _mm512_set1_epi16((short)(levels.multiplier >> 16));
-    // Eight bytes for each run of two columns; the windows of four of its rows; the high bytes of these by row and column.
+    const Choice shifted = shifted_levels(levels.magnitudes);
+    const Windows<BITS> windows(levels.multiplier);
+    // Eight bytes for each run of two columns; of two such the levels' numbers by row and column.
     const __m512i runs = bytes_by([](int i) { return i / 32 * 32 + i / 8 % 4 * (T::RUN * BITS / 8) + i % 8; });
-    const __m512i windows = bytes_by([](int i) { return i % 8 / 2 * BITS + i % 2 * 8; });
     const __m512i in_rows = bytes_by([](int i) { return i % 4 * 32 + i / 16 * 8 + i / 4 % 4 * 2 + 1; });
     for (long tile = 0; tile < tiles; tile++) {
         const auto columns = [&](int first) {
@@ -72,13 +58,8 @@ inline void add_products(const uint8_t* const* p, long tiles, const Levels& leve
         const __m512i left = columns(0), right = columns(2);
 #pragma GCC unroll 4
         for (int four = 0; four < T::RUN / 4; four++) {
-            const __m512i shifts = _mm512_add_epi8(windows, _mm512_set1_epi8(4 * BITS * four));
-            const auto product = [&](__m512i streams) {  // bits 16 to 31
-                const __m512i all = _mm512_multishift_epi64_epi8(shifts, streams);
-                const __m512i state = _mm512_and_si512(all, _mm512_set1_epi16(0xfff));
-                return _mm512_add_epi16(_mm512_mullo_epi16(state, high), _mm512_mulhi_epu16(state, low));
-            };
-            const __m512i weights = table[_mm512_permutex2var_epi8(product(left), in_rows, product(right))];
+            const __m512i index = _mm512_permutex2var_epi8(windows(left, 4 * four), in_rows, windows(right, 4 * four));
+            const __m512i weights = shifted[index];
             for (int t = 0; t < TOKENS; t++) {
                 int32_t* sum = (int32_t*)sums[t] + (tile * T::RUN / 4 + four) * 16;
                 const __m512i input = _mm512_broadcast_i64x4((__m256i)inputs[t]);

@@ -130,6 +130,17 @@ def test_integer_products_are_exact_but_for_the_rounding_of_x(name, in_features)
     assert error(cpu._decode_products(x, rows, experts, prepared, integers=True), expected) < 1e-6
 
 
+@pytest.mark.parametrize("rows", [24, 328])  # part of what is decoded at once; several blocks and a part
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding_into_bfloat16_rounds_what_is_decoded(decoder, name, rows):
+    tensors, fields = random_projection(2, rows, 40, **FORMATS[name] | {"rank": 0})
+    prepared = prepare(tensors, **fields, dtype=torch.bfloat16)
+    buffer = cpu._weight_buffer(prepared, torch.bfloat16)
+    for expert in range(2):
+        expected = cpu.decode_expert(prepared, expert).bfloat16()
+        assert torch.equal(cpu.decode_expert(prepared, expert, buffer), expected)
+
+
 def test_what_is_not_finite_is_not_lost_in_rounding():
     tensors, fields = random_projection(1, 16, 128, codebook="trellis", codebook_size=4)
     x = torch.zeros(3, 128)
