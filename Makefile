@@ -44,9 +44,10 @@ test: $(VENV)/.installed
 test-transformers: $(VENV)/.installed
 	$(BIN)/python tests/transformers_versions.py
 
+# mypy takes modules on PYTHONPATH for installed ones, in which it reports nothing.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	env -u PYTHONPATH $(BIN)/mypy
 
 report-check:
 	$(BIN)/python tests/report_check.py $(OUT)/report.html --screenshots $(OUT)-screenshots

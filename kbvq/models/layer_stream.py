@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -42,6 +42,9 @@ from kbvq.errors import CheckpointError, NumericalError, UnsupportedModelError
 from kbvq.models.moe_adapters import decoder_layers, find_expert_banks
 from kbvq.models.stored_tensors import STORED_DTYPES, TABLE_DTYPES, StoredTensors, check_source_quantization
 from kbvq.structures import PROJECTIONS
+
+if TYPE_CHECKING:
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 logger = logging.getLogger("kbvq")
 
@@ -421,7 +424,8 @@ class LayerStream:
                         f"{', '.join(STORED_DTYPES)}: convert the checkpoint to bfloat16 first"
                     )
             if source.converter is not None:
-                self._check_experts(name, source, parameter.shape[0] * len(source.converter.target_patterns))
+                num_experts = parameter.shape[0] * len(source.converter.target_patterns)
+                self._check_experts(name, source.converter, source.keys, num_experts)
             try:
                 shape = self._assemble(name, lambda key: torch.empty(self._stored[key].shape, device="meta")).shape
             except (RuntimeError, ValueError) as error:
@@ -432,12 +436,14 @@ class LayerStream:
                     "config.json; they do not belong together"
                 )
 
-    def _check_experts(self, name: str, source: _Source, num_experts: int) -> None:
+    def _check_experts(
+        self, name: str, converter: WeightConverter, keys: list[tuple[str, str]], num_experts: int
+    ) -> None:
         """Each source pattern of a fused parameter, such as "experts.*.up_proj.weight", has a tensor per expert."""
-        for pattern in source.converter.source_patterns:
+        for pattern in converter.source_patterns:
             if "experts" not in pattern or "*" not in pattern:  # another fusion, such as that of q, k and v
                 continue
-            found = [key for key_pattern, key in source.keys if key_pattern == pattern]
+            found = [key for key_pattern, key in keys if key_pattern == pattern]
             present = {int(part) for key in found for part in re.findall(r"\.experts\.(\d+)\.", key)}
             missing = sorted(set(range(num_experts)) - present)
             if missing:
@@ -454,7 +460,8 @@ class LayerStream:
             return fetch(source.keys[0][1])
         converter = copy.deepcopy(source.converter)
         for pattern, key in source.keys:
-            converter.add_tensor(source.first, key, pattern, lambda key=key: fetch(key))
+            # It is declared for futures; `from_pretrained` gives it callables too.
+            converter.add_tensor(source.first, key, pattern, lambda key=key: fetch(key))  # type: ignore[arg-type]
         tensor = converter.convert(source.first, model=self.model, config=self.config)[name]
         return tensor[0] if isinstance(tensor, list) else tensor
 
@@ -502,10 +509,11 @@ class LayerStream:
         for module in root.modules():
             if module is not root and module in self.layers:
                 continue
-            names = [name for name in module._non_persistent_buffers_set if name in module._buffers]
-            if any(module._buffers[name] is not None and module._buffers[name].is_meta for name in names):
-                for name in names:
-                    module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            kept = module._buffers.items()
+            buffers = {n: b for n, b in kept if b is not None and n in module._non_persistent_buffers_set}
+            if any(buffer.is_meta for buffer in buffers.values()):
+                for name, buffer in buffers.items():
+                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
                 self.model._init_weights(module)
 
     def _put(self, name: str, tensor: Tensor) -> None:
@@ -590,7 +598,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         ) from error
 
 
-def auto_class(config: PreTrainedConfig) -> type:
+def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     """The auto class of transformers that makes the model a checkpoint was saved from, of those that write text.
 
     Raises UnsupportedModelError when there is none.
@@ -600,7 +608,7 @@ def auto_class(config: PreTrainedConfig) -> type:
     ]
     if not classes:
         raise UnsupportedModelError(f"{config.model_type} is no causal language model that transformers knows")
-    named = [c for c in classes if c._model_mapping[type(config)].__name__ in (config.architectures or ())]
+    named = [c for c in classes if cast(type, c._model_mapping[type(config)]).__name__ in (config.architectures or ())]
     return (named or classes)[0]
 
 
