@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--overwrite", action="store_true", help="replace a non-empty output folder")
     quantize.add_argument("--dry-run", action="store_true", help="print what the run will do and need, and do nothing")
     quantize.add_argument(
-        "--max-memory", metavar="SIZE", help="memory it may take, e.g. 24G: more is refused (default: what is free)"
+        "--max-memory",
+        metavar="SIZE",
+        help="memory it may take, e.g. 24G: statistics go to the disk, and more is refused (default: what is free)",
     )
     quantize.add_argument(
         "--fresh", action="store_true", help="start anew where an interrupted run of this output could go on"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from kbvq.errors import ConfigError
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+
+MakeZeros = Callable[..., Tensor]
+"""Makes a float32 tensor of zeros; called as torch.zeros is, with its shape and device=."""
 
 WEIGHT = "weight"
 """Name of the only projection of a matrix outside the banks."""
@@ -480,9 +483,12 @@ class InputMoments:
     mass: Tensor
 
     @classmethod
-    def zeros(cls, num_experts: int, in_features: int, device: torch.device | str = "cpu") -> InputMoments:
+    def zeros(
+        cls, num_experts: int, in_features: int, device: torch.device | str = "cpu", *, make: MakeZeros = torch.zeros
+    ) -> InputMoments:
+        """No tokens yet. make: the outer sums."""
         return cls(
-            torch.zeros(num_experts, in_features, in_features, device=device),
+            make(num_experts, in_features, in_features, device=device),
             torch.zeros(num_experts, in_features, device=device),
             torch.zeros(num_experts, dtype=torch.int64, device=device),
             torch.zeros(num_experts, device=device),
@@ -525,15 +531,12 @@ class InputMoments:
         self.mass[expert] += weights.sum()
         return weights
 
-    def reorder(self, order: Tensor) -> InputMoments:
-        """The moments with the channels of each expert in an order of its own; order: [num_experts, in_features]
-        int64."""
-        rows = self.outer_sum.gather(1, order[..., None].expand(-1, -1, order.shape[1]))
-        return dataclasses.replace(
-            self,
-            outer_sum=rows.gather(2, order[:, None].expand(-1, order.shape[1], -1)),
-            input_sum=self.input_sum.gather(1, order),
-        )
+    def reorder_(self, order: Tensor) -> None:
+        """Put the channels of each expert in an order of its own; order: [num_experts, in_features] int64."""
+        self.__dict__.pop("_pooled", None)
+        for outer_sum, input_sum, own in zip(self.outer_sum, self.input_sum, order, strict=True):
+            outer_sum.copy_(outer_sum[own][:, own])
+            input_sum.copy_(input_sum[own])
 
     def pooled_second_moment(self) -> Tensor:
         """E[x xᵀ] over the tokens of all experts, [in_features, in_features] float32; not to be changed."""
@@ -541,8 +544,12 @@ class InputMoments:
 
     @functools.cached_property
     def _pooled(self) -> Tensor:
-        """Every expert's moments are shrunk toward it, and the sum reads those of all: kept until `add_`."""
-        return self.outer_sum.sum(0) / self.mass.sum().clamp_min(_LEAST_MASS)
+        """Every expert's moments are shrunk toward it, and the sum reads those of all: kept until they change."""
+        # Some rows at a time, so that sums which are not in memory are read once from front to back.
+        experts, n, _ = self.outer_sum.shape
+        rows = max(1, _SUMMED_AT_ONCE // (experts * n))
+        total = torch.cat([self.outer_sum[:, start : start + rows].sum(0) for start in range(0, n, rows)])
+        return total / self.mass.sum().clamp_min(_LEAST_MASS)
 
     def pooled_mean(self) -> Tensor:
         """E[x] over the tokens of all experts, [in_features] float32."""
@@ -562,3 +569,4 @@ class InputMoments:
 
 
 _LEAST_MASS = 1e-12
+_SUMMED_AT_ONCE = 1 << 28  # numbers

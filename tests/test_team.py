@@ -109,3 +109,15 @@ def test_refitted_tables_differ_by_the_order_of_sums_alone(coded, codebook):
     same = (first[1].tensors["codes"] == expected[1].tensors["codes"]).double().mean()
     assert same > 0.99
     assert first[2].relative_error == pytest.approx(expected[2].relative_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("recipe", [make_recipe("default", 2), make_recipe("fast", 2, codebook="rq-moe")])
+def test_experts_of_a_large_projection_are_coded_in_groups(coded, monkeypatch, recipe):
+    quantize = work(recipe)
+    expected = quantize(Member(Members(1), 0))
+    monkeypatch.setattr(vector_quantization, "CODED_AT_ONCE", 2 * OUT * IN)
+    found = quantize(Member(Members(1), 0))
+    runs = 1 + (recipe.codebook != "trellis") * recipe.refits
+    assert coded == [EXPERTS] * runs + [2, 1] * runs
+    for name, tensor in found[1].tensors.items():
+        assert torch.equal(tensor, expected[1].tensors[name]), name

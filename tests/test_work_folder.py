@@ -115,6 +115,20 @@ def test_released_pages_come_back_as_they_were(tmp_path):
         assert torch.equal(tensor, expected)
 
 
+def test_scratch_is_zeros_in_a_file_without_a_name(tmp_path):
+    path, _ = interrupted(tmp_path / "out")
+    with WorkFolder(tmp_path / "out") as work:
+        work.resume(FINGERPRINT, (Bank,))
+        kept, opened = sorted(os.listdir(path)), len(os.listdir("/proc/self/fd"))
+        scratch = work.scratch(64, 256, 256)
+        assert scratch.shape == (64, 256, 256) and scratch.dtype == torch.float32 and not scratch.any()
+        scratch[1].fill_(2)
+        work.release()
+        assert scratch.sum() == 2 * 256 * 256 and sorted(os.listdir(path)) == kept
+        del scratch
+        assert len(os.listdir("/proc/self/fd")) == opened
+
+
 def resume(output, fingerprint=FINGERPRINT, **options):
     with WorkFolder(output) as work:
         work.resume(fingerprint, (Bank,), **options)
@@ -186,6 +200,7 @@ def test_full_disk_is_an_error_that_keeps_the_state(tmp_path, monkeypatch):
 
     for name, act in (
         ("posix_fallocate", lambda work: work.empty((8,), torch.float32)),
+        ("posix_fallocate", lambda work: work.scratch(2, 4)),
         ("fsync", lambda work: work.commit({"small": torch.ones(3)}, {})),
         ("replace", lambda work: work.commit({}, {})),
     ):

@@ -65,9 +65,8 @@ class Codebook(Protocol):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes -> values [E, rows, d]."""
 
-    def refit(self, first_expert: int = 0) -> Refit | None:
-        """An empty sum of statistics, or None when there is nothing to refit. first_expert: the place in the bank of
-        the first expert that is coded here."""
+    def refit(self) -> Refit | None:
+        """An empty sum of statistics, or None when there is nothing to refit."""
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         """The stored tensors: codes, and the tables where there are any."""
@@ -78,6 +77,9 @@ class Refit(Protocol):
 
     sums: tuple[Tensor, ...]
     """Over the vectors so far; those of several processes are added up."""
+
+    def begin(self, first_expert: int) -> None:
+        """The vectors that follow are of experts from that one of the bank on, all of their channels in order."""
 
     def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None: ...
 
@@ -154,7 +156,7 @@ class TableCodebook:
             cells.append((book * tables + table) * size + codes[stage])
         return cells
 
-    def refit(self, first_expert: int = 0) -> Refit:
+    def refit(self) -> Refit:
         return TableRefit(self)
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
@@ -176,6 +178,9 @@ class TableRefit:
         self.normal = codebook.tables.new_zeros(books * tables * size, dim, dim)
         self.right = codebook.tables.new_zeros(books * tables * size, dim)
         self.sums: tuple[Tensor, ...] = self.normal, self.right
+
+    def begin(self, first_expert: int) -> None:
+        pass
 
     def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None:
         dim = self.codebook.vector_dim
@@ -213,8 +218,8 @@ class NetworkCodebook(TableCodebook):
         super().__init__(expanded, table_values(tensors), tensors["groups"].long())
         self.network, self.network_format, self.stored = network, format, stored
 
-    def refit(self, first_expert: int = 0) -> NetworkRefit:
-        return NetworkRefit(self, first_expert)
+    def refit(self) -> NetworkRefit:
+        return NetworkRefit(self)
 
 
 class NetworkRefit:
@@ -224,8 +229,9 @@ class NetworkRefit:
     place of its own in the sums: the sample does not depend on who codes which experts.
     """
 
-    def __init__(self, codebook: NetworkCodebook, first_expert: int) -> None:
-        self.codebook, self.first_expert, self.groups = codebook, first_expert, 0
+    def __init__(self, codebook: NetworkCodebook) -> None:
+        self.codebook = codebook
+        self.begin(0)
         format = codebook.network_format
         total, dim = format.num_weights // format.vector_dim, format.vector_dim
         self.stride = -(-total // REFIT_VECTORS)
@@ -233,6 +239,9 @@ class NetworkRefit:
         vectors, metric = (codebook.tables.new_zeros(places, *shape) for shape in ((dim,), (dim, dim)))
         codes = torch.zeros(places, format.num_stages, dtype=torch.int64, device=vectors.device)
         self.sums: tuple[Tensor, ...] = vectors, codes, metric
+
+    def begin(self, first_expert: int) -> None:
+        self.first_expert, self.groups = first_expert, 0
 
     def add(self, codes: Tensor, targets: Tensor, metric: Tensor, mass: Tensor) -> None:
         rows, num_experts = mass.shape[1], self.codebook.network_format.num_experts
@@ -281,7 +290,7 @@ class TrellisCodebook:
     def decode(self, codes: Tensor) -> Tensor:
         return self.code.decode(codes[0])[..., None]
 
-    def refit(self, first_expert: int = 0) -> None:
+    def refit(self) -> None:
         return None
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:

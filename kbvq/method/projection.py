@@ -22,7 +22,7 @@ from kbvq.method.target_weights import Goal
 from kbvq.method.team import ALONE, Team, gather
 from kbvq.method.vector_quantization import Factors, column_scales, row_scales, row_slopes, vector_quantize
 from kbvq.recipes import Recipe
-from kbvq.structures import InputMoments, PackedProjection, ProjectionFormat
+from kbvq.structures import InputMoments, MakeZeros, PackedProjection, ProjectionFormat
 
 LIMIT_EXPERTS = 4
 """Experts of a projection whose limit is computed: each takes an eigenvalue problem, and that of all experts together
@@ -63,6 +63,7 @@ def quantize_projection(
     bias: Tensor | None = None,
     goal: Goal | None = None,
     team: Team = ALONE,
+    make: MakeZeros = torch.zeros,
 ) -> PackedProjection:
     """KBVQ-MoE for one projection of a bank: steps 1 to 7 of the method (shared_basis, vector_quantization,
     bias_correction). The paper treats gate and up as two matrices; here they are one, as transformers stores them, with
@@ -77,6 +78,7 @@ def quantize_projection(
         that they themselves give, instead of the teacher's.
     team: that shares the experts; all of it gets the result. Codes and corrections are those of one process, but where
         tables are refitted, whose sums it adds up in another order. Tables of single experts are not shared out.
+    make: the factors of the moments of all experts.
     Raises NumericalError when a stored value would overflow float16.
     """
     weights = weights.float() if goal is None else goal.weights
@@ -90,7 +92,7 @@ def quantize_projection(
     columns = torch.ones_like(weights[0, 0])
     factors, team = None, team if format.num_codebooks == 1 else ALONE
     if recipe.error_feedback:
-        factors = Factors(student, recipe, format.vector_dim, team.share(len(weights)))
+        factors = Factors(student, recipe, format.vector_dim, team.share(len(weights)), make)
     if format.has_column_scale and factors is not None:
         columns = column_scales(
             residual, recipe, recipe.distortion(format), scale=scale, moments=student, factors=factors, team=team

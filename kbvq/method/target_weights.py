@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kbvq.method.team import ALONE, Team, gather
-from kbvq.structures import InputMoments
+from kbvq.structures import InputMoments, MakeZeros
 
 RIDGE = 0.01
 """Pull toward the original weights, as a fraction of the mean second moment of the inputs, with plenty of tokens."""
@@ -42,9 +42,18 @@ class TargetSums:
     output_sum: Tensor
 
     @classmethod
-    def zeros(cls, num_experts: int, outputs: int, in_features: int, device: torch.device | str = "cpu") -> TargetSums:
+    def zeros(
+        cls,
+        num_experts: int,
+        outputs: int,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        *,
+        make: MakeZeros = torch.zeros,
+    ) -> TargetSums:
+        """No tokens yet. make: the cross sums."""
         return cls(
-            torch.zeros(num_experts, outputs, in_features, device=device),
+            make(num_experts, outputs, in_features, device=device),
             torch.zeros(num_experts, outputs, device=device),
         )
 

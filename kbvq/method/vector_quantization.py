@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kbvq.codes.codebooks import REFIT_VECTORS, Codebook, NetworkCodebook, TableCodebook, TrellisCodebook
+from kbvq.codes.codebooks import REFIT_VECTORS, Codebook, NetworkCodebook, Refit, TableCodebook, TrellisCodebook
 from kbvq.codes.grouped_residual import fit_grouped_codebooks
 from kbvq.codes.kmeans import kmeans
 from kbvq.codes.packing import new_network
@@ -26,13 +26,18 @@ from kbvq.method.error_feedback import (
 )
 from kbvq.method.team import ALONE, Team, gather
 from kbvq.recipes import Recipe
-from kbvq.structures import InputMoments, ProjectionFormat
+from kbvq.structures import InputMoments, MakeZeros, ProjectionFormat
+
+CODED_AT_ONCE = 1 << 27
+"""Weights of as many experts as have so many are coded together: it takes several copies of them."""
 
 _NETWORK_EPOCHS = 2  # of training before error feedback: what follows it moves the network more
 
 
 def row_scales(weights: Tensor) -> Tensor:
     """Root mean square of each weight row, rounded to float16 and never zero: [..., out_features] float32."""
+    if weights.dim() == 3:  # one expert at a time: the squares of all would be a copy of them
+        return torch.stack([row_scales(weight) for weight in weights])
     smallest = torch.finfo(torch.float16).smallest_normal
     return weights.square().mean(-1).sqrt().clamp_min(smallest).half().float()
 
@@ -47,12 +52,19 @@ class Factors:
     """M of the inputs of each expert of this process (error_feedback), channels in coding order: made where they are
     asked for, and kept for as long as somebody holds them.
 
-    order: [in_features]. experts: those of this process.
+    order: [in_features]. experts: those of this process. make: `stacked`.
     """
 
-    def __init__(self, moments: InputMoments, recipe: Recipe, vector_dim: int, experts: range) -> None:
+    def __init__(
+        self,
+        moments: InputMoments,
+        recipe: Recipe,
+        vector_dim: int,
+        experts: range,
+        make: MakeZeros = torch.zeros,
+    ) -> None:
         self.order, self.experts = channel_order(moments.pooled_second_moment(), vector_dim), experts
-        self.vector_dim, self._moments, self._recipe = vector_dim, moments, recipe
+        self.vector_dim, self._moments, self._recipe, self._make = vector_dim, moments, recipe, make
 
     def of(self, expert: int) -> Tensor:
         """[in_features, in_features] float32."""
@@ -63,7 +75,7 @@ class Factors:
     def stacked(self) -> Tensor:
         """Of all experts of this process, [experts, in_features, in_features]."""
         n = len(self.order)
-        stacked = torch.empty(len(self.experts), n, n, device=self.order.device)
+        stacked = self._make(len(self.experts), n, n, device=self.order.device)
         for place, expert in enumerate(self.experts):
             stacked[place] = self.of(expert)
         return stacked
@@ -123,23 +135,27 @@ def vector_quantize(
     [in_features] > 0. factors: of the inputs, for error feedback, or None without; used up. team: codes its experts
     together.
     """
-    weights = weights / column_scale
-    codebook = _fit_codebook(weights / scale[..., None], format, recipe, scale, seed)
+    if format.codebook == "trellis":
+        codebook: Codebook = TrellisCodebook(format)
+    else:
+        codebook = _fit_codebook((weights / column_scale).div_(scale[..., None]), format, recipe, scale, seed)
     if factors is not None:
-        return _encode_in_order(weights, codebook, recipe, scale, column_scale, factors, team)
-    vectors = (weights / scale[..., None]).unflatten(-1, (-1, format.vector_dim)).flatten(1, 2)
+        experts, at_once = factors.experts, max(1, CODED_AT_ONCE // weights[0].numel())
+        if format.num_codebooks > 1:
+            at_once = len(weights)
+        groups = [experts[first : first + at_once] for first in range(0, len(experts), at_once)] or [experts]
+        return _encode_in_order(weights, codebook, recipe, scale, column_scale, factors, groups, team)
+    vectors = (weights / column_scale).div_(scale[..., None]).unflatten(-1, (-1, format.vector_dim)).flatten(1, 2)
     identity = torch.eye(format.vector_dim, device=weights.device).expand(len(weights), -1, -1)
     codes = codebook.encode(vectors, identity, torch.ones_like(vectors[..., 0]))
     return codebook.pack(codes.unflatten(-1, (weights.shape[1], -1)))
 
 
 def _fit_codebook(targets: Tensor, format: ProjectionFormat, recipe: Recipe, scale: Tensor, seed: int) -> Codebook:
-    """Tables by k-means, one set for each expert or one for all; a row of scale s counts s² times."""
-    if format.codebook == "trellis":
-        return TrellisCodebook(format)
+    """Tables by k-means, one set for each expert or one for all; a row of scale s counts s² times. targets: used up."""
     vectors = targets.unflatten(-1, (-1, format.vector_dim)).flatten(1, 2)
     if format.signed:
-        vectors = vectors.abs()
+        vectors = vectors.abs_()
     mass = scale.square().repeat_interleave(format.num_vectors, 1)
     limit = None
     if recipe.max_vectors_per_codeword is not None:
@@ -210,22 +226,30 @@ def _encode_in_order(
     scale: Tensor,
     column_scale: Tensor,
     factors: Factors,
+    groups: list[range],
     team: Team,
 ) -> dict[str, Tensor]:
-    """Codes with error feedback under each expert's moments, after refitting the tables to the weighted error."""
-    dim, order, total = codebook.vector_dim, factors.order, len(weights)
-    own = slice(factors.experts.start, factors.experts.stop)
-    ordered, scale = weights[own][..., order], scale[own]
+    """Codes with error feedback under each expert's moments, after refitting the tables to the weighted error. groups:
+    the experts of this process by which of them are coded together."""
+    dim, order, first = codebook.vector_dim, factors.order, factors.experts.start
     # Channels divided by their scale see inputs multiplied by it.
     factor = factors.stacked.mul_(column_scale[order, None])
+
+    def encode(group: range, refit: Refit | None = None) -> Tensor:
+        own = slice(group.start, group.stop)
+        ordered = (weights[own] / column_scale)[..., order]
+        return encode_with_feedback(ordered, factor[own.start - first : own.stop - first], codebook, scale[own], refit)
+
     for _ in range(recipe.refits):
-        refit = codebook.refit(own.start)
+        refit = codebook.refit()
         if refit is None:
             break
-        encode_with_feedback(ordered, factor, codebook, scale, refit)
+        for group in groups:
+            refit.begin(group.start)
+            encode(group, refit)
         team.sum_(*refit.sums)
         codebook = refit.solve()
-    codes = encode_with_feedback(ordered, factor, codebook, scale)
-    codes = gather(team, codes.transpose(0, 1).contiguous(), total).transpose(0, 1)
+    codes = torch.cat([encode(group) for group in groups], 1)
+    codes = gather(team, codes.transpose(0, 1).contiguous(), len(weights)).transpose(0, 1)
     vector_order = order[::dim] // dim
     return codebook.pack(codes[..., vector_order.argsort()])

@@ -6,6 +6,7 @@ by projection, the quantized ones (the student), with the moments of the inputs 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from kbvq.method.team import sum_fields_
 from kbvq.models.expert_forward import ExpertWeights, Gating, Observer, fill_routing, run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank, read_experts
 from kbvq.models.ranks import ONE, Ranks
-from kbvq.structures import PROJECTIONS, InputMoments, PackedProjection
+from kbvq.structures import PROJECTIONS, InputMoments, MakeZeros, PackedProjection
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class ObservedBank(nn.Module):
         self.num_experts = len(self.weights["down_proj"])
         self.dtype = self.weights["down_proj"].dtype
         self.moments: dict[str, InputMoments] = {}
+        self.gathered = range(self.num_experts)
+        """The experts whose statistics are gathered in this pass."""
         self.peaks = torch.zeros(self.num_experts, device=self.weights["down_proj"].device)
         """Largest absolute output of each expert while moments were gathered, [num_experts] float32."""
         self.by_routing = False
@@ -73,14 +76,16 @@ class ObservedBank(nn.Module):
     def hidden_size(self) -> int:
         return self.weights["down_proj"].shape[1]
 
-    def watch_(self, *projections: str, by_routing: bool = False) -> None:
+    def watch_(self, *projections: str, by_routing: bool = False, make: MakeZeros = torch.zeros) -> None:
         """Start new moments for the inputs of these projections; those of the others are not gathered.
 
-        by_routing: weight each token by its squared routing weight (`InputMoments.mass`).
+        by_routing: weight each token by its squared routing weight (`InputMoments.mass`). make: see InputMoments.zeros.
         """
         self.by_routing = by_routing
         self.moments = {
-            name: InputMoments.zeros(self.num_experts, self.weights[name].shape[-1], self.weights[name].device)
+            name: InputMoments.zeros(
+                self.num_experts, self.weights[name].shape[-1], self.weights[name].device, make=make
+            )
             for name in projections
         }
 
@@ -162,6 +167,8 @@ class ObservedBank(nn.Module):
     def _observe(
         self, expert: int, gate_up_inputs: Tensor, down_inputs: Tensor, outputs: Tensor, routing_weights: Tensor
     ) -> None:
+        if expert not in self.gathered:
+            return
         self.peaks[expert] = torch.maximum(self.peaks[expert], outputs.abs().max())
         for name, inputs in zip(PROJECTIONS, (gate_up_inputs, down_inputs), strict=True):
             if name in self.moments:
@@ -188,6 +195,23 @@ class InMemory:
         pass
 
 
+@dataclass(frozen=True)
+class StatisticsStore:
+    """Where the second moments of all experts live, and what is made from them.
+
+    make: see MakeZeros. at_once: bytes of them that may be gathered in one pass over the windows; where all experts
+    have more, there are several passes, each for a group of experts.
+    """
+
+    make: MakeZeros = torch.zeros
+    at_once: float = math.inf
+
+    def groups(self, num_experts: int, bytes_each: int) -> list[range]:
+        """The experts that each pass gathers; bytes_each: of the statistics of one."""
+        step = int(max(1, min(num_experts, self.at_once / max(1, bytes_each))))
+        return [range(first, min(first + step, num_experts)) for first in range(0, num_experts, step)]
+
+
 AfterBatch = Callable[[slice, Tensor], None]
 
 
@@ -195,7 +219,7 @@ class LayerRunner:
     """A decoder layer as a function of the activations of all windows, of which each rank runs its share.
 
     layer_kwargs: rows of a batch -> keyword arguments of the layer for a batch of so many windows.
-    store: of the activations.
+    store: of the activations. statistics: where they go.
     """
 
     def __init__(
@@ -206,6 +230,7 @@ class LayerRunner:
         batch_size: int,
         device: torch.device,
         store: ActivationStore | None = None,
+        statistics: StatisticsStore | None = None,
         ranks: Ranks = ONE,
     ) -> None:
         self.layer = layer
@@ -213,6 +238,7 @@ class LayerRunner:
         self.batch_size = batch_size
         self.device = device
         self.store = store or InMemory()
+        self.statistics = statistics or StatisticsStore()
         self.ranks = ranks
 
     def __call__(self, hidden_states: Tensor, after: AfterBatch | None = None) -> Tensor:
@@ -282,9 +308,11 @@ def run_and_watch(
 ) -> tuple[Tensor, dict[ExpertBank, dict[str, InputMoments]]]:
     """The layer's outputs, and the moments of the inputs of these projections by bank, of the windows of all ranks.
     after: as of LayerRunner."""
-    for module in observed.values():
-        module.watch_(*projections, by_routing=by_routing)
+    passes = _watching(run, observed, projections, by_routing)
+    next(passes)
     outputs = run(hidden_states, after)
+    for _ in passes:
+        run.watch(hidden_states)
     return outputs, _moments(run.ranks, observed)
 
 
@@ -345,10 +373,33 @@ def watch_inputs(
     by_routing: bool,
 ) -> dict[ExpertBank, dict[str, InputMoments]]:
     """The moments alone."""
-    for module in observed.values():
-        module.watch_(*projections, by_routing=by_routing)
-    run.watch(hidden_states)
+    for _ in _watching(run, observed, projections, by_routing):
+        run.watch(hidden_states)
     return _moments(run.ranks, observed)
+
+
+def _watching(
+    run: LayerRunner, observed: Mapping[ExpertBank, ObservedBank], projections: tuple[str, ...], by_routing: bool
+) -> Iterator[int]:
+    """`gathering` of new moments of the inputs of these projections."""
+    for module in observed.values():
+        module.watch_(*projections, by_routing=by_routing, make=run.statistics.make)
+    widths = {module: [module.weights[name].shape[-1] for name in projections] for module in observed.values()}
+    return gathering(run, {module: 4 * sum(n * n for n in of_module) for module, of_module in widths.items()})
+
+
+def gathering(run: LayerRunner, bytes_each: Mapping[ObservedBank, int]) -> Iterator[int]:
+    """The passes over the windows that it takes to gather the statistics of all experts, by their numbers; in each the
+    `gathered` experts of the banks are those whose turn it is. bytes_each: of the statistics of one expert."""
+    groups = {module: run.statistics.groups(module.num_experts, own) for module, own in bytes_each.items()}
+    try:
+        for number in range(max(map(len, groups.values()), default=1)):
+            for module, of_module in groups.items():
+                module.gathered = of_module[number] if number < len(of_module) else range(0)
+            yield number
+    finally:
+        for module in groups:
+            module.gathered = range(module.num_experts)
 
 
 class WatchedLinears:

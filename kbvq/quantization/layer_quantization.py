@@ -4,6 +4,7 @@ activations on."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ from kbvq.structures import (
     PackedMatrix,
     PackedProjection,
 )
+
+_Matched = dict[ExpertBank, tuple[InputMoments, TargetSums | None]]
+"""By bank the moments of a projection's inputs, and the sums of what it is to give, if that is not what it gave."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ def quantize_layer(
     linears = WatchedLinears({m.path: layer.get_submodule(m.path.removeprefix(f"{layer_path}.")) for m in matrices})
     # With goals of its own, a projection does not need the teacher's moments; those of down tell its strong channels.
     watched = PROJECTIONS if same_inputs or not matching else PROJECTIONS[1:]
-    with linears if same_inputs else nullcontext():
+    # Several passes would count each token several times.
+    linears_too = same_inputs and run.statistics.at_once == math.inf
+    with linears if linears_too else nullcontext():
         teacher, teacher_moments, *kept = watch(run, teacher, observed, watched, by_routing=by_routing)
     weights = token_weights(teacher) if matching else None
     dense: dict[str, Tensor] = {}
@@ -95,7 +101,7 @@ def quantize_layer(
     packed_matrices: list[PackedMatrix] = []
     matrix_reports: list[dict[str, object]] = []
     if matrices:
-        if not same_inputs:
+        if not linears_too:
             with linears:
                 run.watch(inputs)
         packed_matrices, matrix_reports = pack_linears_(linears, matrices, run.ranks, seed=seed)
@@ -106,17 +112,18 @@ def quantize_layer(
     if recipe.error_feedback:
         for bank, module in observed.items():
             order = module.sort_channels_(teacher_moments[bank]["down_proj"], banks[bank].down_proj.vector_dim)
-            moments = teacher_moments[bank].pop("down_proj")
-            if weights is None:  # else goals stand for them
-                teacher_moments[bank]["down_proj"] = moments.reorder(order)
-            del moments
+            if weights is None:
+                teacher_moments[bank]["down_proj"].reorder_(order)
+            else:  # goals stand for them
+                del teacher_moments[bank]["down_proj"]
     packed: dict[ExpertBank, dict[str, PackedProjection]] = {bank: {} for bank in banks}
     original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
     coded: dict[ExpertBank, dict[str, _Coded]] = {bank: {} for bank in banks}
     reports: dict[ExpertBank, dict[str, object]] = {bank: {"path": bank.path} for bank in banks}
 
-    def code(bank: ExpertBank, place: int, projection: str, moments: InputMoments, sums: TargetSums | None) -> _Coded:
+    def code(bank: ExpertBank, place: int, projection: str, matched: _Matched) -> _Coded:
         order, module, own, goal = PROJECTIONS.index(projection), observed[bank], original[bank][projection], None
+        moments, sums = matched.pop(bank)
         if sums is not None:
             targets = sums.mapped(own) if order == 0 else sums
             goal = goal_of(own, targets, moments, recipe.prior_tokens, team=run.ranks)
@@ -132,6 +139,7 @@ def quantize_layer(
                 bias=module.original_biases.get(projection),
                 goal=goal,
                 team=run.ranks,
+                make=run.statistics.make,
             )
         except NumericalError as error:
             raise NumericalError(f"{bank.path}.{projection}: {error}") from error
@@ -151,7 +159,7 @@ def quantize_layer(
             )
         )
 
-    matched: dict[ExpertBank, tuple[InputMoments, TargetSums | None]]
+    matched: _Matched
     for order, projection in enumerate(PROJECTIONS):
         # The statistics of a projection are the largest thing in memory: gone as soon as it is coded.
         if order == 0 and same_inputs:
@@ -166,7 +174,7 @@ def quantize_layer(
                 match_outputs(run, inputs, kept[0], teacher, weights, observed, original, by_routing=by_routing)
             )
         for place, bank in enumerate(banks):
-            coded[bank][projection] = code(bank, place, projection, *matched.pop(bank))
+            coded[bank][projection] = code(bank, place, projection, matched)
             if not recipe.tuning_steps:
                 report(bank, projection, coded[bank].pop(projection))
     if recipe.tuning_steps:

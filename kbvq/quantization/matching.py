@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kbvq.method.target_weights import TargetSums, bounded
 from kbvq.method.team import sum_fields_
-from kbvq.models.calibration import LayerRunner, ObservedBank, idle_suffices, recording
+from kbvq.models.calibration import LayerRunner, ObservedBank, gathering, idle_suffices, recording
 from kbvq.models.expert_forward import by_expert, run_bank, stacked_experts
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.structures import PROJECTIONS, InputMoments
@@ -60,7 +60,7 @@ def match_inputs(
     student: the layer's inputs, [windows, tokens, hidden_size]. teacher_inputs: of each bank in the original, the same
     shape. weights: of the tokens (token_weights).
     """
-    matched = {bank: _zeros(module, PROJECTIONS[0]) for bank, module in observed.items()}
+    matched = {bank: _zeros(run, module, PROJECTIONS[0]) for bank, module in observed.items()}
 
     def add(part: slice, outputs: Tensor) -> None:
         of_token = weights[part].flatten().to(run.device)
@@ -69,6 +69,8 @@ def match_inputs(
             record = module.recorded
             moments, sums = matched[bank]
             for expert, tokens, routing in by_expert(record.top_k_index, record.top_k_weights, module.num_experts):
+                if expert not in module.gathered:
+                    continue
                 found = record.inputs[tokens]
                 mass = moments.add_(expert, found, routing, by_routing=by_routing, token_weights=of_token[tokens])
                 sums.add_(expert, original[tokens], found, mass)
@@ -92,7 +94,7 @@ def match_outputs(
     teacher_outputs: the layer's in the original. original: the banks' original weights, intermediate channels in the
     order of those in use. The rest as in `match_inputs`.
     """
-    matched = {bank: _zeros(module, PROJECTIONS[1]) for bank, module in observed.items()}
+    matched = {bank: _zeros(run, module, PROJECTIONS[1]) for bank, module in observed.items()}
     additive: dict[ExpertBank, bool] = {}
 
     def add(part: slice, outputs: Tensor) -> None:
@@ -124,6 +126,8 @@ def match_outputs(
                 lacking = bounded(wanted - reference.float(), reference) / shares.clamp_min(1e-6)[:, None]
             moments, sums = matched[bank]
             for (expert, tokens, routing, inputs), target in zip(_by_expert(module), own, strict=True):
+                if expert not in module.gathered:
+                    continue
                 target = target.float()
                 if biases[1] is not None:  # stored as it is, beside that of the correction
                     target = target - biases[1][expert].float()
@@ -152,20 +156,25 @@ def _run(
     *,
     idle: bool = False,
 ) -> Matched:
+    bytes_each = {
+        module: 4 * sum(sums[0].numel() for sums in (matched[bank][0].outer_sum, matched[bank][1].cross_sum))
+        for bank, module in observed.items()
+    }
     with recording(observed.values(), idle=idle):
-        run.watch(student, add)
+        for _ in gathering(run, bytes_each):
+            run.watch(student, add)
     for moments, sums in matched.values():
         sum_fields_(run.ranks, moments, sums)
     return matched
 
 
-def _zeros(module: ObservedBank, projection: str) -> tuple[InputMoments, TargetSums]:
+def _zeros(run: LayerRunner, module: ObservedBank, projection: str) -> tuple[InputMoments, TargetSums]:
     """Both projections have targets of the hidden size: the bank's inputs, and its outputs."""
     weights = module.weights[projection]
-    shape = module.num_experts, weights.shape[-1]
+    experts, width, make = module.num_experts, weights.shape[-1], run.statistics.make
     return (
-        InputMoments.zeros(*shape, weights.device),
-        TargetSums.zeros(shape[0], module.hidden_size, shape[1], weights.device),
+        InputMoments.zeros(experts, width, weights.device, make=make),
+        TargetSums.zeros(experts, module.hidden_size, width, weights.device, make=make),
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from kbvq.errors import ConfigError
-from kbvq.models.calibration import ActivationStore, LayerRunner, WatchedLinears
+from kbvq.models.calibration import ActivationStore, LayerRunner, StatisticsStore, WatchedLinears
 from kbvq.models.calibration_text import calibration_windows, load_texts
 from kbvq.models.dense_parts import NOTHING, DenseParts, find_dense_parts
 from kbvq.models.devices import choose_device
@@ -38,7 +38,7 @@ from kbvq.quantization.distillation import distill, tuning_windows
 from kbvq.quantization.fingerprint import run_fingerprint
 from kbvq.quantization.layer_quantization import quantize_layer
 from kbvq.quantization.planning import budget_plan, check_budget, uniform_plan
-from kbvq.quantization.run_plan import TOKENS_PER_BATCH, RunPlan, make_plan, probed_windows
+from kbvq.quantization.run_plan import TOKENS_PER_BATCH, RunPlan, make_plan, memory_limit, probed_windows
 from kbvq.quantization.sensitivity import Sensitivity, divergences, probe_layer, probed_rates
 from kbvq.quantization.stages import Carry, Stage, Step, run_stages
 from kbvq.recipes import Recipe
@@ -122,7 +122,15 @@ def prepare_run(options: QuantizeOptions, folder: Path) -> Prepared:
     formats = choose(stream.banks, options.recipe)
     parts = dense_parts(stream, options.recipe)
     length = _sequence_length(options, stream)
-    plan = make_plan(stream, formats, options.recipe, samples=options.samples, sequence_length=length, parts=parts)
+    plan = make_plan(
+        stream,
+        formats,
+        options.recipe,
+        samples=options.samples,
+        sequence_length=length,
+        parts=parts,
+        limit=memory_limit(options.max_memory, device),
+    )
     return Prepared(stream, ranks, formats, parts, plan)
 
 
@@ -170,7 +178,8 @@ def quantize_model(options: QuantizeOptions, *, kbvq_version: str) -> dict[str, 
             work.move_to_output()
         else:
             plan.check(options.output, max_memory=options.max_memory, device=stream.device)
-            run = Run(stream, token_ids, options, prepared.formats, work, ranks, prepared.parts)
+            statistics = StatisticsStore(work.scratch, plan.statistics_at_once) if plan.spills else StatisticsStore()
+            run = Run(stream, token_ids, options, prepared.formats, work, ranks, prepared.parts, statistics)
             seconds = run_stages(run.stages(plan.seconds), work, shown=ranks.is_first)
             ranks.first(lambda: run.finish(seconds, kbvq_version))
             work.complete()
@@ -200,13 +209,14 @@ class Run:
         work: WorkFolder,
         ranks: Ranks = ONE,
         parts: DenseParts = NOTHING,
+        statistics: StatisticsStore | None = None,
     ) -> None:
         """token_ids: of the calibration windows, and behind them of those for end-to-end tuning (_windows). parts: what
-        is packed outside the banks."""
+        is packed outside the banks. statistics: where those of the experts go."""
         self.stream, self.options, self.recipe = stream, options, options.recipe
         self.formats, self.work, self.ranks, self.parts = formats, work, ranks, parts
         self.token_ids, self.further_ids = token_ids.tensor_split([options.samples])
-        self.windows = Windows(stream, self.token_ids, work, ranks)
+        self.windows = Windows(stream, self.token_ids, work, ranks, statistics)
         self.further = Windows(stream, self.further_ids, work, ranks) if len(self.further_ids) else None
         self.writer = PackedCheckpointWriter(work.checkpoint, num_shards=stream.num_layers + 1)
 
@@ -462,8 +472,16 @@ class Run:
 class Windows:
     """The calibration windows on their way through the model, a batch at a time."""
 
-    def __init__(self, stream: LayerStream, token_ids: Tensor, store: WorkFolder, ranks: Ranks = ONE) -> None:
+    def __init__(
+        self,
+        stream: LayerStream,
+        token_ids: Tensor,
+        store: WorkFolder,
+        ranks: Ranks = ONE,
+        statistics: StatisticsStore | None = None,
+    ) -> None:
         self.stream, self.token_ids, self.store, self.ranks = stream, token_ids, store, ranks
+        self.statistics = statistics
         self.batch_size = max(1, TOKENS_PER_BATCH // token_ids.shape[1])
         # The windows that are probed: the activations of all projections are kept for them (sensitivity).
         self.num_probed = probed_windows(stream, *token_ids.shape)
@@ -498,6 +516,7 @@ class Windows:
             batch_size=self.batch_size,
             device=self.stream.device,
             store=self.store,
+            statistics=self.statistics,
             ranks=self.ranks,
         )
 

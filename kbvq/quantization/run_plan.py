@@ -5,6 +5,7 @@ Nothing here reads a weight. Bytes follow from shapes; seconds from the shapes a
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from torch import nn
 from kbvq.errors import ConfigError
 from kbvq.method.dense_matrix import WEIGHTS_AT_A_TIME
 from kbvq.method.projection import quantize_projection
+from kbvq.method.vector_quantization import CODED_AT_ONCE
 from kbvq.models.dense_parts import NOTHING, DenseParts
 from kbvq.models.layer_stream import LayerStream
 from kbvq.models.moe_adapters import ExpertBank
@@ -41,6 +43,7 @@ PROBE_SHARE = 0.25
 each walks through all layers behind its own."""
 
 _PROGRAM = 560 << 20  # what Python, torch and transformers take (eval/memory_benchmark.py, with threads and buffers)
+_SPILLED = ("statistics", "factors")  # what of the experts goes to the disk where it is too much for the memory
 _CODED_WIDTH = 256  # of the projection on which the time of coding is measured
 _READ_RATE = 1e9  # bytes per second of a disk, assumed
 _READS = 4  # times that the stored weights are read: hash, check, measure, quantize
@@ -64,7 +67,8 @@ class RunPlan:
     dense_left: paths of the matrices that stay at 16 bits all the same, and why.
     output_bytes: of the packed checkpoint. source_bytes: of the original.
     memory: bytes at the peak of the busiest layer, on the device that computes; of the whole run. disk: bytes beside
-    the model itself. seconds: by stage.
+    the model itself. seconds: by stage. statistics_at_once: bytes of the statistics of all experts that are gathered in
+    one pass over the windows; not infinite where they are on the disk because the memory is too small for all of them.
     """
 
     model: str
@@ -83,11 +87,17 @@ class RunPlan:
     memory: Amount
     disk: Amount
     seconds: dict[str, float]
+    statistics_at_once: float
 
     @property
     def model_bits(self) -> float:
         """Bits per weight of the whole model, everything stored."""
         return 8 * self.output_bytes / self.model_weights
+
+    @property
+    def spills(self) -> bool:
+        """Whether the statistics of the experts are on the disk."""
+        return self.statistics_at_once < math.inf
 
     def lines(self) -> list[str]:
         """For people."""
@@ -97,6 +107,9 @@ class RunPlan:
         if self.dense_left:
             reasons = Counter(self.dense_left.values())
             dense += [f"             {count} matrices left at 16 bits: {why}" for why, count in reasons.items()]
+        spilled = []
+        if self.spills:
+            spilled = [f"             statistics of the experts there, {_gigabytes(self.statistics_at_once)} at a time"]
         return [
             f"{self.model}: {self.num_layers} layers, recipe {self.recipe}",
             f"  quantized  {self.num_weights / 1e9:.2f} of {self.model_weights / 1e9:.2f} billion weights: "
@@ -106,19 +119,26 @@ class RunPlan:
             f"{self.bits:.3f} true bits per expert weight, {self.model_bits:.3f} of the whole model",
             f"  memory     {_amount(self.memory)}",
             f"  disk       {_amount(self.disk)}",
+            *spilled,
             f"  time       about {format_seconds(sum(self.seconds.values()))}: "
             + ", ".join(f"{name} {format_seconds(value)}" for name, value in self.seconds.items()),
         ]
 
     def check(self, output: Path, *, max_memory: int | None, device: torch.device) -> None:
         """Raises ConfigError or CheckpointError when the memory or the disk cannot do; says what would help."""
-        limit = available_memory(device) if max_memory is None else max_memory
+        limit = memory_limit(max_memory, device)
         if self.memory.total > limit:
             whose = "this machine has" if max_memory is None else "--max-memory allows"
+            statistics = ""
+            if self.spills:
+                statistics = f", with {_gigabytes(self.disk.parts['statistics'])} of statistics on the disk already"
+            elif device.type != "cpu":
+                statistics = " (--device cpu keeps the statistics on the disk)"
             raise ConfigError(
-                f"the run needs about {_amount(self.memory)} of memory and {whose} {_gigabytes(limit)}. Use a machine "
-                "with more, or another recipe (calibration text takes next to none, it is on the disk); --max-memory "
-                "SIZE says that so much may be taken"
+                f"{self.model}: the run needs about {_amount(self.memory)} of memory{statistics}, and {whose} "
+                f"{_gigabytes(limit)}. Use a machine with more, or another recipe (calibration text takes next to "
+                "none, it is on the disk; more processes take as much each); --max-memory SIZE says that so much may "
+                "be taken"
             )
         check_disk_space(output, int(self.disk.total))
 
@@ -131,9 +151,11 @@ def make_plan(
     samples: int,
     sequence_length: int,
     parts: DenseParts = NOTHING,
+    limit: float = math.inf,
 ) -> RunPlan:
     """The plan of a run with so many calibration windows. formats: of the recipe; with a budget the largest ones.
-    parts: what is packed outside the banks."""
+    parts: what is packed outside the banks. limit: bytes of memory; when the statistics of all experts do not fit, they
+    go to the disk, if the run computes on the CPU."""
     banks, config = stream.banks, stream.text_config
     num_weights = sum(_num_weights(bank) for bank in banks)
     packed = sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS)
@@ -144,6 +166,10 @@ def make_plan(
     output += sum(format.weight.num_bytes - stream.written_bytes(f"{format.path}.{WEIGHT}") for format in parts.formats)
     of_window = sequence_length * stream.stream_width * stream.dtype.itemsize
     activations, tuning = samples * of_window, tuning_windows(recipe, samples, sequence_length) * of_window
+    moments = _moments_of_run(stream, recipe, samples, sequence_length, parts)
+    memory, on_disk, at_once = _most(moments), 0.0, math.inf
+    if memory.total > limit and stream.device.type == "cpu":
+        memory, on_disk, at_once = _spilled(stream, moments, limit)
     return RunPlan(
         model=f"{type(stream.model).__name__} ({config.model_type})",
         num_layers=stream.num_layers,
@@ -158,7 +184,7 @@ def make_plan(
         dense_left=parts.left,
         output_bytes=output,
         source_bytes=stream.source_bytes,
-        memory=peak_memory_bytes(stream, recipe, samples=samples, sequence_length=sequence_length, parts=parts),
+        memory=memory,
         disk=Amount(
             {
                 "output": output,
@@ -168,9 +194,11 @@ def make_plan(
                 "disturbed activations": 2 * disturbed_bytes(stream, samples, sequence_length) if recipe.budget else 0,
                 "activations for tuning": 2 * tuning,
                 "banks until they are tuned": packed if recipe.distillation_steps else 0,
+                "statistics": on_disk,
             }
         ),
-        seconds=_seconds(stream, recipe, samples * sequence_length, parts),
+        seconds=_seconds(stream, recipe, samples * sequence_length, parts, at_once),
+        statistics_at_once=at_once,
     )
 
 
@@ -193,10 +221,10 @@ def _disturbed_bytes_per_window(stream: LayerStream, sequence_length: int) -> in
     return 4 * len(stream.banks) * sequence_length * stream.stream_width * stream.dtype.itemsize
 
 
-def peak_memory_bytes(
-    stream: LayerStream, recipe: Recipe, *, samples: int, sequence_length: int, parts: DenseParts = NOTHING
-) -> Amount:
-    """Largest memory that is in use at one time, by what holds it.
+def _moments_of_run(
+    stream: LayerStream, recipe: Recipe, samples: int, sequence_length: int, parts: DenseParts
+) -> list[dict[str, float]]:
+    """What is in memory at the moments of a run that may need most, in bytes by what holds it.
 
     Activations are mapped from the disk and not counted, but for the batch that runs.
     """
@@ -211,7 +239,24 @@ def peak_memory_bytes(
         if inside := parts.inside:
             tuned["matrices"] = _dense_bytes(inside)
         moments.append(tuned)
+    return moments
+
+
+def _most(moments: Sequence[dict[str, float]]) -> Amount:
     return Amount({"program": _PROGRAM} | max(moments, key=lambda held: sum(held.values())))
+
+
+def _spilled(stream: LayerStream, moments: Sequence[dict[str, float]], limit: float) -> tuple[Amount, float, float]:
+    """Memory and disk that are needed with the statistics of all experts on the disk but for those of one, and how many
+    bytes of them there may be in memory within the limit, or within what is needed if that is more."""
+    one = max(_gathered_bytes(bank) // bank.num_experts for bank in stream.banks)
+    rest = [{name: size for name, size in held.items() if name not in _SPILLED} for held in moments]
+    memory = _most([held | {"statistics": one} for held in rest])
+    # While they are gathered there is nothing beside them but what runs.
+    running = ("layer", "batch", "disturbed activations")
+    at_once = max(limit, memory.total) - _PROGRAM - max(sum(held.get(name, 0) for name in running) for held in moments)
+    on_disk = max(sum(held.get(name, 0) for name in _SPILLED) for held in moments)
+    return memory, on_disk, max(at_once, one)
 
 
 def _layer_moments(
@@ -237,12 +282,13 @@ def _layer_moments(
     if recipe.budget and banks:
         both = sum(map(sum, of.values()))
         probe = held | {"disturbed activations": disturbed}
-        found.append(probe | {"statistics": both + 2 * sum(of["down_proj"])})  # while those of down are put in order
+        found.append(probe | {"statistics": both})
         found += [
             probe
             | {
                 "statistics": both,
-                "noise": _moment_bytes(bank, p) + 4 * 2 * _size(bank, p) + 8 * 6 * bank.projection_shape(p)[2] ** 2,
+                "factors": _moment_bytes(bank, p),
+                "noise": 4 * 2 * _size(bank, p) + 8 * 6 * bank.projection_shape(p)[2] ** 2,
             }
             for bank in banks
             for p in PROJECTIONS
@@ -268,6 +314,7 @@ def _layer_moments(
                 | {
                     "statistics": statistics + goals * sum(paired[place + 1 :]),
                     "goals": goals * copies,
+                    "factors": _moment_bytes(bank, projection) if recipe.error_feedback else 0,
                     "coding": _coding_bytes(bank, projection, recipe) + (0 if goals else copies),
                 }
             )
@@ -286,6 +333,11 @@ def _attention_bytes(layer: nn.Module, width: int, banks: Sequence[ExpertBank]) 
     widest = max(candidates, default=0)
     sums, solved = 4 * widest * (widest + width), 8 * 3 * widest * (widest + width)
     return sums + solved + 4 * TOKENS_PER_BATCH * width * len(candidates)
+
+
+def memory_limit(max_memory: int | None, device: torch.device) -> int:
+    """Bytes that a run may take: what it was given, else what there is."""
+    return available_memory(device) if max_memory is None else max_memory
 
 
 def available_memory(device: torch.device) -> int:
@@ -317,14 +369,27 @@ def _moment_bytes(bank: ExpertBank, projection: str) -> int:
 
 
 def _coding_bytes(bank: ExpertBank, projection: str, recipe: Recipe) -> int:
-    """Memory while a projection is coded, beside its weights in float32 and its statistics."""
+    """Memory while a projection is coded, beside its weights in float32, its statistics and their factors."""
     experts, outputs, inputs = bank.projection_shape(projection)
-    copies = 4  # without the shared basis, scaled, in coding order, and the errors
+    copy, has_basis = 4 * experts * outputs * inputs, max(recipe.ranks(inputs)) > 0
+    # Scaled, in coding order and the errors, of the experts that are coded together.
+    together = 3 * max(4 * outputs * inputs, min(copy, 4 * CODED_AT_ONCE))
     if recipe.codebook != "trellis":
-        copies += 1  # two planes of codes of 8 bytes for every vector, and once more as they are put together
-    factors = _moment_bytes(bank, projection) if recipe.error_feedback else 0
+        together += (
+            2 * copy
+        )  # scaled; later indices of 8 bytes for every vector, and once more as they are put together
+    # Without the shared basis; of that once more while it is replaced by the one as stored.
+    copies = max(3 * copy * has_basis, copy * has_basis + together)
     # One expert's factor is made in float64: its moment, damped, flipped, and factorised.
-    return 4 * copies * experts * outputs * inputs + factors + 8 * 4 * inputs**2
+    return copies + 8 * 4 * inputs**2
+
+
+def _gathered_bytes(bank: ExpertBank) -> int:
+    """Statistics of all experts that are gathered together, at most: of both projections, or of one with what it is to
+    give."""
+    alone = [_moment_bytes(bank, projection) for projection in PROJECTIONS]
+    wanted = [4 * bank.num_experts * bank.hidden_size * bank.projection_shape(p)[2] for p in PROJECTIONS]
+    return max(sum(alone), *map(sum, zip(alone, wanted, strict=True)))
 
 
 def _dense_bytes(matrices: Sequence[MatrixFormat]) -> int:
@@ -406,7 +471,9 @@ def _best_seconds(work: object, times: int = 3) -> float:
     return best
 
 
-def _seconds(stream: LayerStream, recipe: Recipe, tokens: int, parts: DenseParts) -> dict[str, float]:
+def _seconds(
+    stream: LayerStream, recipe: Recipe, tokens: int, parts: DenseParts, statistics_at_once: float
+) -> dict[str, float]:
     """By stage, from the products that a token takes part in and the weights that are coded."""
     speed = machine_speed(recipe, stream.device)
     config = stream.text_config
@@ -422,11 +489,14 @@ def _seconds(stream: LayerStream, recipe: Recipe, tokens: int, parts: DenseParts
     passes = 4 if recipe.error_feedback or recipe.bcos else 3  # teacher, student before gate/up, before down, behind
     passes += recipe.matching  # the experts of the original on the inputs of the student's tokens
     passes += bool(parts.formats)  # to see the inputs of the matrices
+    gathered = max((_gathered_bytes(bank) for bank in stream.banks), default=0)
+    more_passes = math.ceil(max(gathered / statistics_at_once, 1)) - 1  # each for another group of experts
+    passes += 3 * more_passes
     watched = 2.0 if recipe.matching else 1.5  # the teacher's moments, and the student's of each projection: once more
     seconds = {"preparing": _READS / 2 * stream.source_bytes / _READ_RATE}
     reading = stream.source_bytes / _READ_RATE
     if recipe.budget:
-        seconds["measuring layer"] = tokens * (forward + moments) / speed.flops + reading
+        seconds["measuring layer"] = tokens * ((1 + more_passes) * forward + moments) / speed.flops + reading
     seconds["quantizing layer"] = (
         tokens * (passes * forward + watched * moments) / speed.flops
         + speed.per_weight * sum(_num_weights(bank) for bank in stream.banks)

@@ -25,7 +25,7 @@ from kbvq.method.vector_quantization import row_scales
 from kbvq.models.calibration import LayerRunner, observe_banks, run_and_watch
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.recipes import CODES, Recipe
-from kbvq.structures import PROJECTIONS, InputMoments
+from kbvq.structures import PROJECTIONS, InputMoments, MakeZeros
 
 SUPER_QUANTILE = 0.995
 SUPER_SHARE = 0.1
@@ -131,7 +131,7 @@ def probe_layer(
     outputs, moments = run_and_watch(run, inputs, observed, PROJECTIONS, by_routing=recipe.routing_weighted)
     for bank, module in observed.items():
         order = module.sort_channels_(moments[bank]["down_proj"], vector_dim=1)
-        moments[bank]["down_proj"] = moments[bank]["down_proj"].reorder(order)
+        moments[bank]["down_proj"].reorder_(order)
     peaks = {bank: module.peaks.cpu() for bank, module in observed.items()}
     generator = torch.Generator().manual_seed(seed)
     for probe, states in disturbed.items():
@@ -141,7 +141,7 @@ def probe_layer(
         for projection in PROJECTIONS:
             weights = module.weights[projection]
             site = bank, projection
-            law = noise_law(weights, moments[bank][projection], recipe, rates)
+            law = noise_law(weights, moments[bank][projection], recipe, rates, make=run.statistics.make)
             growth[site], bias_shares[site] = law.growth, law.bias_share
             white = law.white(generator)
             for rate in rates:
@@ -211,8 +211,10 @@ class NoiseLaw:
         return noise
 
 
-def noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tuple[int, ...]) -> NoiseLaw:
-    """Of a projection, for the probed code rates."""
+def noise_law(
+    weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tuple[int, ...], *, make: MakeZeros = torch.zeros
+) -> NoiseLaw:
+    """Of a projection, for the probed code rates. make: the factors of all experts."""
     order = channel_order(moments.pooled_second_moment(), 1)
     rates = {rate: code.distortion for rate, code in CODES[recipe.codebook].items()}
     residuals = _Residuals(weights, moments, recipe)
@@ -221,7 +223,7 @@ def noise_law(weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tu
     energy = torch.zeros(len(rates), len(residuals.ranks), dtype=torch.float64, device=weights.device)
     constant = energy.new_zeros(())
     n = weights.shape[2]
-    factors = torch.empty(len(weights), n, n, device=weights.device)
+    factors = make(len(weights), n, n, device=weights.device)
     deviations: dict[int, list[Tensor]] = {rate: [] for rate in probed}
     for expert in range(len(weights)):
         second_moment, mean = moments.expert_moments(expert, recipe.prior_tokens)

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,6 +125,19 @@ def reserve_mapping(path: Path, num_bytes: int) -> mmap.mmap:
     except OSError as error:
         path.unlink(missing_ok=True)
         raise not_written(path, error) from error
+
+
+def unnamed_mapping(folder: Path, num_bytes: int) -> mmap.mmap:
+    """As `reserve_mapping`, a file that has no name and is gone with the mapping."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, num_bytes)
+            else:
+                _fill(stream.fileno(), num_bytes)
+            return mmap.mmap(stream.fileno(), num_bytes)
+    except OSError as error:
+        raise not_written(folder, error) from error
 
 
 def open_mapping(path: Path) -> mmap.mmap:

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import platform
@@ -44,6 +45,7 @@ from kbvq.storage.files import (
     reserve_mapping,
     sync_folder,
     sync_mapping,
+    unnamed_mapping,
     write_json,
     write_tensors,
 )
@@ -148,6 +150,15 @@ class WorkFolder:
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         return self.empty(tensor.shape, tensor.dtype)
+
+    def scratch(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """A float32 tensor of zeros on the CPU that lives in a file without a name; of this process, and gone from the
+        disk with the tensor. Its pages are the system's to write and to drop.
+
+        Raises CheckpointError when the disk has no room for it.
+        """
+        mapping = unnamed_mapping(self.path, 4 * math.prod(shape))
+        return torch.frombuffer(mapping, dtype=torch.float32).view(shape)
 
     def release(self) -> None:
         """Take the pages of all mapped tensors off this process; they are read from the file again when needed."""
