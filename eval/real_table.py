@@ -3,14 +3,16 @@
     python eval/real_table.py --models OUT --work DIR --model one carved --bits 2 3 --seed 0
 
 Every row is a quantized checkpoint scored against its original on unseen text: KL(original ‖ quantized) and ΔNLL in
-nats per token, top-1 agreement, true bits per expert weight, CPU time and peak memory of what made it. kbvq's rows are
-made here, those of other tools by eval/peers/run.py in DIR. Choices are made on the validation text; the test text is
-for the table alone. Rows that the JSON file has already are kept, so that an interrupted run goes on.
+nats per token, top-1 agreement, true bits per expert weight, the ranks of the shared bases (rank × projections), CPU
+time and peak memory of what made it. kbvq's rows are made here, those of other tools by eval/peers/run.py in DIR;
+`--ablate fast` adds a row for each part that is left out of that recipe. Choices are made on the validation text; the
+test text is for the table alone. Rows that the JSON file has already are kept, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kbvq
 from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
 from kbvq.recipes import make_recipe
+from kbvq.storage.checkpoint import inspect_checkpoint
+from kbvq.structures import PROJECTIONS
 from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import score_windows
 from kbvq_eval.windows import text_windows
@@ -62,6 +67,22 @@ def kbvq_rows(group: int) -> list[Row]:
     ]
 
 
+PARTS = {
+    "IDRE": {"idre": False},
+    "BCOS": {"bcos": False},
+    "IDRE and BCOS": {"idre": False, "bcos": False},
+    "routing weights": {"routing_weighted": False},
+    "column scales": {"column_scale": False},
+    "matching": {"matching": False},
+}
+"""What an ablation leaves out of a recipe."""
+
+
+def ablations(group: int, recipe: str) -> list[Row]:
+    """A recipe at the true bits of integers in groups of 64, as it is and without each of PARTS."""
+    return [Row(f"{recipe} without {part}", recipe, group + 0.28, changes) for part, changes in PARTS.items()]
+
+
 PEERS = {
     2: ("rtn", "gptqmodel", "llmcompressor", "autoround", "autoround-best", "autoround-mixed")
     + tuple(f"llamacpp-{name}" for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K")),
@@ -71,14 +92,14 @@ PEERS = {
 SCORES = ("kl", "kl_stderr", "delta_nll", "delta_nll_stderr", "agreement", "perplexity", "baseline_perplexity")
 
 
-def quantize(model: Path, row: Row, seed: int, output: Path) -> None:
+def quantize(model: Path, row: Row, seed: int, samples: int, output: Path) -> None:
     quantize_model(
         QuantizeOptions(
             model=str(model),
             output=output,
             calibration=str(DATA / "calibration.txt"),
             recipe=make_recipe(row.recipe, row.bits, **row.changes),
-            samples=CALIBRATION_WINDOWS,
+            samples=samples,
             sequence_length=WINDOW,
             seed=seed,
             device="cpu",
@@ -87,11 +108,14 @@ def quantize(model: Path, row: Row, seed: int, output: Path) -> None:
     )
 
 
-def measure(model: Path, row: Row, group: int, seed: int, baseline: BaselineCache) -> dict[str, object]:
-    """Quantize in a process of its own, whose time and memory are those of the recipe alone; load; score."""
+def measure(model: Path, row: Row, seed: int, samples: int, baseline: BaselineCache) -> dict[str, object]:
+    """Quantize in a process of its own, whose time and memory are those of the recipe alone; load; score.
+
+    ranks: of the bases that the experts share, how many projections have which.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "packed"
-        job = {"model": str(model), "label": row.label, "group": group, "seed": seed, "output": str(output)}
+        job = dataclasses.asdict(row) | {"model": str(model), "seed": seed, "samples": samples, "output": str(output)}
         process = subprocess.Popen([sys.executable, __file__, "--quantize", json.dumps(job)])
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -100,8 +124,11 @@ def measure(model: Path, row: Row, group: int, seed: int, baseline: BaselineCach
         record = json.loads((output / "kbvq_run.json").read_text(encoding="utf-8"))
         quantized = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         scores = score_windows(quantized, baseline.tokens, baseline=baseline).summary()
+        banks = inspect_checkpoint(output)["banks"]
+    ranks = Counter(bank[projection]["rank"] for bank in banks for projection in PROJECTIONS)
     return {
         "tool": f"kbvq {row.label}",
+        "ranks": dict(sorted(ranks.items())),
         "bits_per_weight": record["bits_per_weight"],
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_rss_bytes": usage.ru_maxrss * 1024,  # Linux reports KiB
@@ -129,11 +156,13 @@ def measure_peer(model: Path, peer: str, group: int, seed: int, options: argpars
 def markdown(rows: list[dict]) -> str:
     """A table for each model and text, one line per tool: means over seeds, in brackets least and greatest KL."""
     parts = []
-    for model, text in dict.fromkeys((row["model"], row["text"]) for row in rows):
-        found = [row for row in rows if (row["model"], row["text"]) == (model, text)]
-        parts += [f"## {model}, {text} text ({found[0]['predicted_tokens']} tokens)", ""]
-        parts.append("| | group | true bits | KL | ΔNLL ± s.e. | top-1, % | seeds | CPU s | peak GiB |")
-        parts.append("|---|---|---|---|---|---|---|---|---|")
+    for table in dict.fromkeys((row["model"], row["text"], row["samples"]) for row in rows):
+        found = [row for row in rows if (row["model"], row["text"], row["samples"]) == table]
+        model, text, samples = table
+        title = f"{model}, {text} text ({found[0]['predicted_tokens']} tokens), calibrated on {samples} windows"
+        parts += [f"## {title}", ""]
+        parts.append("| | group | true bits | KL | ΔNLL ± s.e. | top-1, % | ranks | seeds | CPU s | peak GiB |")
+        parts.append("|---|---|---|---|---|---|---|---|---|---|")
         for group, tool in dict.fromkeys((row["group"], row["tool"]) for row in found):
             runs = [row for row in found if (row["group"], row["tool"]) == (group, tool)]
             mean = {
@@ -142,13 +171,14 @@ def markdown(rows: list[dict]) -> str:
                 if all(run.get(name) is not None for run in runs)
             }
             spread = f" ({min(r['kl'] for r in runs):.4f}–{max(r['kl'] for r in runs):.4f})" if len(runs) > 1 else ""
+            ranks = ", ".join(f"{rank} × {count}" for rank, count in runs[0].get("ranks", {}).items())
             cost = " | "
             if "cpu_seconds" in mean:
                 cost = f"{mean['cpu_seconds']:.0f} | {mean['peak_rss_bytes'] / 2**30:.2f}"
             parts.append(
                 f"| {tool} | {group} | {mean['bits_per_weight']:.3f} | {mean['kl']:.4f}{spread} | "
                 f"{mean['delta_nll']:+.4f} ± {mean['delta_nll_stderr']:.4f} | {100 * mean['agreement']:.1f} | "
-                f"{len(runs)} | {cost} |"
+                f"{ranks} | {len(runs)} | {cost} |"
             )
         parts.append("")
     return "\n".join(parts)
@@ -161,6 +191,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="environments and checkpoints of other tools (eval/peers/run.py)")
     parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3), default=[2, 3])
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--ablate", nargs="+", default=[], choices=("fast", "default"), help="recipes to take apart")
+    parser.add_argument(
+        "--samples", type=int, default=CALIBRATION_WINDOWS, help="windows of 256 tokens to calibrate on"
+    )
     parser.add_argument("--only", nargs="+", help="tools to measure: labels of kbvq's rows, names of peers")
     parser.add_argument("--text", choices=("validation", "test"), default="validation")
     parser.add_argument("--windows", type=int, default=48, help="of 256 tokens, that are scored")
@@ -169,8 +203,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quantize:
         job = json.loads(options.quantize)
-        row = next(row for row in kbvq_rows(job["group"]) if row.label == job["label"])
-        quantize(Path(job["model"]), row, job["seed"], Path(job["output"]))
+        row = Row(*(job[field.name] for field in dataclasses.fields(Row)))
+        quantize(Path(job["model"]), row, job["seed"], job["samples"], Path(job["output"]))
         return
     results: dict = {"results": []}
     if options.output.exists():
@@ -190,10 +224,11 @@ def measure_model(name: str, options: argparse.Namespace, results: dict, version
     baseline = None
     for seed in options.seed:
         for group in options.bits:
-            own = {row.label: row for row in kbvq_rows(group)}
+            rows = [row for recipe in options.ablate for row in ablations(group, recipe)]
+            own = {row.label: row for row in kbvq_rows(group) + rows}
             peers = PEERS[group] if options.work else ()
             for tool in (*own, *peers):
-                key = {"model": name, "text": options.text, "group": group, "seed": seed}
+                key = {"model": name, "text": options.text, "group": group, "seed": seed, "samples": options.samples}
                 label = f"kbvq {tool}" if tool in own else tool
                 same = [row for row in results["results"] if row["tool"] == label and key.items() <= row.items()]
                 if same or (options.only and tool not in options.only):
@@ -203,12 +238,12 @@ def measure_model(name: str, options: argparse.Namespace, results: dict, version
                         original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
                         baseline = BaselineCache.of_model(original, windows)
                         del original
-                    row = measure(model, own[tool], group, seed, baseline)
+                    row = measure(model, own[tool], seed, options.samples, baseline)
                 else:
                     row = measure_peer(model, tool, group, seed, options)
                 row |= key | {"predicted_tokens": windows.numel() - len(windows), "versions": versions}
                 results["results"].append(row)
-                order = ("model", "text", "group", "tool", "seed")
+                order = ("model", "text", "samples", "group", "tool", "seed")
                 results["results"].sort(key=lambda row: tuple(row[part] for part in order))
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

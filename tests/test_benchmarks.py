@@ -1,5 +1,6 @@
 """The benchmark scripts run, on small problems, and what they report follows from the problem."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import continuations
 import dense_table
+import pytest
 import real_table
 import torch
 import weight_codes
 from tiny_models import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from kbvq.recipes import make_recipe
 from kbvq_eval.baseline import BaselineCache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +37,8 @@ def test_real_table_measures_what_is_missing_and_keeps_what_there_is(tmp_path, t
     models = tmp_path / "models"
     save_tiny_model(models / "one", "mixtral", dtype=torch.bfloat16, intermediate_size=64)
     output = tmp_path / "real.json"
-    earlier = {"model": "one", "text": "validation", "group": 2, "seed": 0, "tool": "kbvq fast"} | {"kl": 1.0}
+    earlier = {"model": "one", "text": "validation", "group": 2, "seed": 0, "samples": 128, "tool": "kbvq fast"}
+    earlier["kl"] = 1.0
     numbers = {name: 0.5 for name in real_table.SCORES} | {"bits_per_weight": 2.0, "predicted_tokens": 9}
     output.write_text(json.dumps({"results": [numbers | earlier]}))
     for name in ("calibration.txt", "validation.txt"):
@@ -50,6 +54,15 @@ def test_real_table_measures_what_is_missing_and_keeps_what_there_is(tmp_path, t
     assert rows["kbvq fast"]["kl"] == 1.0 and rows["kbvq default"]["predicted_tokens"] == 4 * 255
     assert rows["rtn"]["bits_per_weight"] == 2 + 18 / 64 and rows["rtn"]["kl"] > 0
     assert "| kbvq fast | 2 | 2.000 | 1.0000 |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_rows_of_the_real_table_are_recipes_and_an_ablation_leaves_its_part_out(group):
+    for row in real_table.kbvq_rows(group):
+        make_recipe(row.recipe, row.bits, **row.changes)
+    for row, changes in zip(real_table.ablations(group, "fast"), real_table.PARTS.values(), strict=True):
+        whole, part = make_recipe("fast", row.bits), make_recipe(row.recipe, row.bits, **row.changes)
+        assert part != whole and dataclasses.replace(whole, **changes) == part
 
 
 def test_continuations_are_those_of_each_model(tmp_path):
