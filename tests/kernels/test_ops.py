@@ -55,10 +55,14 @@ def decoder(request, monkeypatch):
     return request.param
 
 
+def moe_projections(options):
+    """(tensors, fields) of gate_up and down of a bank of 5 experts."""
+    return random_projection(5, 48, 56, **options, seed=1), random_projection(5, 56, 24, **options, seed=2)
+
+
 def moe_case(options, num_tokens, activation="silu", dtype=torch.float32):
     """(arguments of moe_forward, expected float64 output) of a bank of 5 experts, top 3, with a sentinel index."""
-    gate_up = random_projection(5, 48, 56, **options, seed=1)
-    down = random_projection(5, 56, 24, **options, seed=2)
+    gate_up, down = moe_projections(options)
     index, weights = random_routing(num_tokens, 3, 5)
     index[-1, -1] = 5
     x = torch.randn(num_tokens, 56, generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -90,13 +94,6 @@ def test_moe_equals_reference(decoder, name, num_tokens):
     assert error(kbvq_kernels.moe_forward(*arguments), expected) < 1e-6  # float32 sums of at most 56 terms
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(INTEGER)])
-def test_moe_in_integers_equals_reference(name):
-    arguments, expected = moe_case(FORMATS[name], 3, dtype=torch.bfloat16)
-    # 0.6 % of the inputs of each of three products, 0.7 % of the levels of a trellis code; few terms to average them
-    assert 1e-3 < error(kbvq_kernels.moe_forward(*arguments), expected) < 4e-2
-
-
 def rounded_to_8_bits(x, block=64):
     """Rows in blocks of channels, each value a multiple of the block's largest over 127, float64."""
     blocks = F.pad(x, (0, -x.shape[1] % block)).unflatten(1, (-1, block))
@@ -114,6 +111,31 @@ def integer_weights(tensors, fields):
     unit = codewords.abs().max() / 127
     values = ((codewords / unit).round() * unit)[reference.trellis_states(tensors["codes"], bits)]
     return values.transpose(1, 2) * tensors["scale"].double()[..., None]
+
+
+def integer_products(x, tensors, fields, expert):
+    """What the forward in integers makes of x [1, K], float64 [1, N]: rounded for the codes, as it is for the rest."""
+    codes = {name: tensor for name, tensor in tensors.items() if name not in ("basis", "coefficients")}
+    out = rounded_to_8_bits(x) @ integer_weights(codes, fields)[expert].T
+    if "basis" in tensors:
+        low_rank = reference.low_rank_weight(tensors, torch.float64)[expert]
+        out = out + x.double() @ (low_rank * tensors["scale"][expert].double()[:, None]).T
+    return out + tensors["bias"][expert].double() if "bias" in tensors else out
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(INTEGER)])
+def test_moe_in_integers_is_exact_but_for_the_rounding_to_8_bits(name):
+    arguments, plain = moe_case(FORMATS[name], 3, dtype=torch.bfloat16)
+    x, index, weights = arguments[:3]
+    gate_up, down = moe_projections(FORMATS[name])
+    expected = torch.zeros(3, 56, dtype=torch.float64)
+    for token, slot in (index < 5).nonzero().tolist():
+        expert = index[token, slot].item()
+        gate, up = integer_products(x[token : token + 1].float(), *gate_up, expert).float().chunk(2, -1)
+        expected[token] += weights[token, slot] * integer_products(F.silu(gate) * up, *down, expert)[0]
+    actual = kbvq_kernels.moe_forward(*arguments)
+    assert error(actual, expected) < 2**-8  # the outputs are bfloat16
+    assert error(actual, plain) > 1e-3  # so it was in integers
 
 
 @pytest.mark.parametrize("in_features", [24, 160, 200])  # less than a block; half a block and some weights left over
