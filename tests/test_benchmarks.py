@@ -8,6 +8,7 @@ from pathlib import Path
 
 import continuations
 import dense_table
+import generation_speed
 import pytest
 import real_table
 import torch
@@ -123,3 +124,18 @@ def test_coding_time_is_split_into_stages(tmp_path):
     assert row["coding"] * weights > 0.999999e6 * coding  # with what is in none of the stages
     assert abs(row["hours"] * 3600 / (sum(seconds.values()) * 48) - 1) < 1e-9
     assert "| Qwen3-30B-A3B | fast |" in output.with_suffix(".md").read_text()
+
+
+def test_generation_speed_has_a_row_for_each_model_and_file(tmp_path, monkeypatch, capsys):
+    save_tiny_model(tmp_path / "model", "mixtral")
+    (tmp_path / "file.gguf").write_bytes(bytes(2_000_000))
+    program = tmp_path / "llama-bench"
+    rows = [{"n_prompt": 512, "n_gen": 0, "avg_ts": 1234.0}, {"n_prompt": 0, "n_gen": 32, "avg_ts": 56.0}]
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(rows)}'\n")
+    program.chmod(0o755)
+    arguments = ["--models", tmp_path / "model", "--gguf", tmp_path / "file.gguf", "--llama-bench", program]
+    monkeypatch.setattr(sys, "argv", ["generation_speed.py", *map(str, arguments), "--threads", "1", "--rounds", "1"])
+    generation_speed.main()
+    out = capsys.readouterr().out
+    assert "| file.gguf | 1 | 2.0 | 1234 | 56.0 |" in out
+    assert out.count("| model | 1 | ") == 1
