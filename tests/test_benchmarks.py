@@ -127,6 +127,7 @@ def test_coding_time_is_split_into_stages(tmp_path):
 
 
 def test_generation_speed_has_a_row_for_each_model_and_file(tmp_path, monkeypatch, capsys):
+    threads = str(torch.get_num_threads())  # it sets them
     save_tiny_model(tmp_path / "model", "mixtral")
     (tmp_path / "file.gguf").write_bytes(bytes(2_000_000))
     program = tmp_path / "llama-bench"
@@ -134,8 +135,10 @@ def test_generation_speed_has_a_row_for_each_model_and_file(tmp_path, monkeypatc
     program.write_text(f"#!/bin/sh\necho '{json.dumps(rows)}'\n")
     program.chmod(0o755)
     arguments = ["--models", tmp_path / "model", "--gguf", tmp_path / "file.gguf", "--llama-bench", program]
-    monkeypatch.setattr(sys, "argv", ["generation_speed.py", *map(str, arguments), "--threads", "1", "--rounds", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["generation_speed.py", *map(str, arguments), "--threads", threads, "--rounds", "1"]
+    )
     generation_speed.main()
     out = capsys.readouterr().out
-    assert "| file.gguf | 1 | 2.0 | 1234 | 56.0 |" in out
-    assert out.count("| model | 1 | ") == 1
+    assert f"| file.gguf | {threads} | 2.0 | 1234 | 56.0 |" in out
+    assert out.count(f"| model | {threads} | ") == 1
