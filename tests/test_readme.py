@@ -70,6 +70,6 @@ def test_commands_and_snippet(workplace):
     assert "bits per expert weight" in quantized
     for table in (demo, evaluated):
         assert re.search(r"KL", table) and re.search(r"perplexity", table)
-    assert "fixture_cloze" in demo
+    assert "fixture_cloze" in demo and demo.splitlines()[-1].endswith("out/demo/report.html")
     (snippet,) = blocks("python")
     assert run([sys.executable, "-c", snippet], workplace).startswith("In the beginning God created the")

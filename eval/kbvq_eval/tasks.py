@@ -80,9 +80,12 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
     installed.
     """
     try:
+        import datasets
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f"tasks need the package lm-eval ({error}); pip install 'kbvq[eval]'") from error
+    # Else a server is told of each use of its loaders, that of local JSON files too.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     local = {} if include_path is None else local_tasks(include_path)
     # Indexing the built-in tasks takes seconds; local ones need none of them.
     manager = TaskManager(
