@@ -16,6 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,7 @@ def measure_alone(folder: Path, calibration: Tensor, baseline: BaselineCache, de
         embedding.weight.copy_(decoded(matrix))
         packed, records = [matrix], [record]
     linears = [format for format in parts.formats if format.kind == "linear"]
-    more, of_linears = pack_whole_(model, linears, calibration, seed=0)
+    more, of_linears = pack_whole_(model, linears, calibration, nullcontext(), seed=0)
     formats = [matrix.weight.format for matrix in [*packed, *more]]
     weights = sum(parameter.numel() for parameter in model.parameters())
     num_bytes = 2 * weights + sum(format.num_bytes - 2 * format.num_weights for format in formats)

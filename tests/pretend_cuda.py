@@ -11,8 +11,9 @@ as errors are
 
 Where the host waits for the device (item, tolist, bool, nonzero, a mask as index, a copy to the CPU), the place is
 counted. Not seen is what torch does below its Python interface: inside a composite function of torch itself, in
-autograd's backward pass (so end-to-end tuning is not run there), and whether a CUDA kernel exists for an operation and
-a dtype.
+autograd's backward pass (of end-to-end tuning the forward passes, those that are repeated for the backward one, the
+gradients as they are handed out and the optimizer's steps are seen), and whether a CUDA kernel exists for an operation
+and a dtype. Mixed precision is that of the CPU, whose list of operations is another one.
 """
 
 from __future__ import annotations
@@ -163,10 +164,13 @@ def _mark(leaf: Any, on_cuda: bool) -> Any:
 @contextmanager
 def pretend_cuda() -> Iterator[PretendCuda]:
     """Torch says that there is a CUDA device, and works on it."""
-    original, mode = nn.Parameter.__new__, PretendCuda()
+    original, autocast, mode = nn.Parameter.__new__, torch.autocast, PretendCuda()
 
     def new(cls: type, data: Tensor | None = None, requires_grad: bool = True) -> Tensor:
         return _mark(original(cls, data, requires_grad), is_marked(data))
+
+    def mixed(device_type: str, *arguments: Any, **options: Any) -> torch.autocast:
+        return autocast("cpu" if device_type == "cuda" else device_type, *arguments, **options)
 
     gigabytes = 80 << 30
     answers = {
@@ -180,5 +184,10 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
     }
-    with mock.patch.multiple(torch.cuda, **answers), mock.patch.object(nn.Parameter, "__new__", new), mode:
+    with (
+        mock.patch.multiple(torch.cuda, **answers),
+        mock.patch.object(nn.Parameter, "__new__", new),
+        mock.patch.object(torch, "autocast", mixed),
+        mode,
+    ):
         yield mode

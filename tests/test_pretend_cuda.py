@@ -7,9 +7,11 @@ import pytest
 import torch
 from pretend_cuda import CUDA, DeviceError, is_marked, pretend_cuda
 from quantizing import quantize
+from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 from kbvq.method.projection import quantize_projection
+from kbvq.models.calibration import WatchedLinears
 from kbvq.quantization import layer_quantization
 from kbvq.recipes import make_recipe
 from kbvq.structures import InputMoments
@@ -67,6 +69,50 @@ def test_every_stage_runs_there_and_statistics_are_in_float32(tmp_path, text, mo
     # The host waits for the device some times a projection and expert, and for none of a codeword, rate or rank.
     ((place, most),) = device.waits.most_common(1)
     assert device.calls > 5000 and most <= 100, place
+
+
+def test_end_to_end_tuning_runs_there_and_packs_what_it_tuned(tmp_path, text, monkeypatch):
+    """The model's forward passes in bfloat16; values, gradients and moments of Adam, and the statistics of the matrices
+    that are packed behind it, in float32."""
+    save_tiny_model(tmp_path / "model", "mixtral", dtype=torch.bfloat16)
+    fixed = {"budget": False, "matching": False, "kmeans_iterations": 1, "max_vectors_per_codeword": 8}
+    recipe = make_recipe("fast", 2, distillation_steps=2, dense_rate=0.05, dense_bits=8, **fixed)
+    seen, predicted, step = Counter(), Counter(), torch.optim.Adam.step
+    second_moment = WatchedLinears.second_moment
+
+    def watched(self, *arguments):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                seen.update((t.dtype, t.device) for t in (parameter, parameter.grad))
+        result = step(self, *arguments)
+        seen.update((self.state[p]["exp_avg"].dtype, p.device) for group in self.param_groups for p in group["params"])
+        return result
+
+    def measured(self, *arguments):
+        found = second_moment(self, *arguments)
+        predicted[found.dtype, found.device, torch.is_autocast_enabled("cpu")] += 1
+        return found
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    monkeypatch.setattr(WatchedLinears, "second_moment", measured)
+    with pretend_cuda() as device:
+        found = quantize(tmp_path / "model", tmp_path / "on-gpu", text, recipe, samples=2, device="cuda")
+    # Two Linears of attention in each of two layers (the others are too small), and the head, packed before tuning.
+    assert predicted == {(torch.float32, CUDA, False): 5}
+    assert seen.keys() == {(torch.float32, CUDA)} and seen[torch.float32, CUDA] > 2 * 3 * 12
+    assert found["calibration"]["tuning_samples"] > 0
+    ours, stored = (
+        {k: v for file in sorted((tmp_path / name).glob("*.safetensors")) for k, v in load_file(file).items()}
+        for name in ("on-gpu", "model")
+    )
+    norms = [name for name in ours if name.endswith("layernorm.weight")]
+    assert len(norms) == 4
+    for name in norms:  # two steps of Adam, of its rate where the gradients agree
+        change = (ours[name].float() - stored[name].float()).abs() / stored[name].float().square().mean().sqrt()
+        assert recipe.dense_rate / 5 < change.max() < 2.1 * recipe.dense_rate
+    # Once for each tensor that is tuned and step of tuning, not for each window or expert.
+    waits = [count for (file, _), count in device.waits.items() if file == "quantization/distillation.py"]
+    assert max(waits) <= len(ours)
 
 
 @pytest.mark.parametrize("bits", [2, 3])

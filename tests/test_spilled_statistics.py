@@ -12,7 +12,7 @@ from tiny_models import save_tiny_model
 from kbvq.errors import ConfigError
 from kbvq.models.calibration import LayerRunner
 from kbvq.models.layer_stream import LayerStream
-from kbvq.quantization import run_plan
+from kbvq.quantization import pipeline, run_plan
 from kbvq.quantization.pipeline import QuantizeOptions, prepare_run
 from kbvq.quantization.planning import check_budget
 from kbvq.quantization.run_plan import make_plan
@@ -43,7 +43,8 @@ def tensors(folder):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_within_less_memory_gives_the_same_bytes(model, tmp_path, text, monkeypatch, name):
-    monkeypatch.setattr(run_plan, "TOKENS_PER_BATCH", 256)  # a batch of more would be all of the memory planned here
+    for module in (run_plan, pipeline):  # four batches; one of 8192 tokens would be all of the memory planned here
+        monkeypatch.setattr(module, "TOKENS_PER_BATCH", 64)
     passes, files = [], []
     watch, scratch = LayerRunner.watch, WorkFolder.scratch
     monkeypatch.setattr(LayerRunner, "watch", lambda *given: (passes.append(1), watch(*given))[1])

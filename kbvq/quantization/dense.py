@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -47,20 +48,22 @@ def pack_linears_(
         matrix, record = pack_matrix(
             module.weight.detach(), watched.second_moment(format.path, ranks), format, seed=seed
         )
-        module.weight = nn.Parameter(decoded(matrix).to(module.weight), requires_grad=False)
+        module.weight = nn.Parameter(decoded(matrix).to(module.weight.device, module.weight.dtype), requires_grad=False)
         packed.append(matrix)
         records.append(record)
     return packed, records
 
 
 def pack_whole_(
-    model: nn.Module, formats: Sequence[MatrixFormat], token_ids: Tensor, *, seed: int
+    model: nn.Module, formats: Sequence[MatrixFormat], token_ids: Tensor, mixed: AbstractContextManager, *, seed: int
 ) -> tuple[list[PackedMatrix], list[dict[str, object]]]:
     """As `pack_linears_`, all Linears of a model that is in memory as a whole, for the inputs that they get before any
-    of them is packed. token_ids: [windows, tokens], which every rank runs."""
+    of them is packed. token_ids: [windows, tokens], which every rank runs. mixed: the precision of the model's forward
+    passes, and of nothing else."""
     with WatchedLinears({format.path: model.get_submodule(format.path) for format in formats}) as watched:
         for part in token_ids.split(windows_per_step(token_ids.shape[1], len(token_ids))):
-            model(input_ids=part.to(next(model.parameters()).device), use_cache=False)
+            with mixed:
+                model(input_ids=part.to(next(model.parameters()).device), use_cache=False)
     return pack_linears_(watched, formats, ONE, seed=seed)
 
 

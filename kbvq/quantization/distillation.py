@@ -11,7 +11,7 @@ gain most of it (docs/experiments.md). Routers stay as they are: whom a token is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -44,7 +44,7 @@ def distill(
     recipe: Recipe,
     *,
     seed: int,
-    then: Callable[[PreTrainedModel], None] | None = None,
+    then: Callable[[PreTrainedModel, AbstractContextManager], None] | None = None,
 ) -> tuple[list[PackedBank], dict[str, Tensor]]:
     """The banks with their tuned values, and the dense parameters that differ from the stored ones, on the CPU.
 
@@ -55,7 +55,7 @@ def distill(
     dense: parameters outside the banks as changed so far, by their names in the model. token_ids: [windows, tokens].
     teacher: the last layer's outputs in the original model, [windows, tokens, hidden_size]. The recipe's
     distillation_rate and dense_rate are relative to the root mean square of each parameter. seed: of the windows'
-    order. then: called with the tuned model.
+    order. then: called with the tuned model and the precision that its forward passes run in.
     Raises NumericalError when the loss is not finite.
     """
     device, steps = stream.device, recipe.distillation_steps
@@ -91,8 +91,8 @@ def distill(
             schedule.step()
         tuned = {name: parameter.detach().cpu() for name, parameter in trained.items()}
         if then is not None:
-            with torch.no_grad(), mixed:
-                then(model)
+            with torch.no_grad():
+                then(model, mixed)
         return [module.pack().to("cpu") for module in modules.values()], {**dense, **tuned}
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -378,8 +379,8 @@ class Run:
         matrices: list[PackedMatrix] = []
         reports: list[dict[str, object]] = []
 
-        def pack(model: nn.Module) -> None:
-            packed, records = pack_whole_(model, inside, self.token_ids, seed=self.options.seed)
+        def pack(model: nn.Module, mixed: AbstractContextManager) -> None:
+            packed, records = pack_whole_(model, inside, self.token_ids, mixed, seed=self.options.seed)
             matrices.extend(packed)
             reports.extend(records)
 
