@@ -2,7 +2,9 @@
 
 Each Linear of the model outside its experts, the head among them, is coded in every format under the second moment of
 its inputs on calibration text. Reported is the squared output error relative to the outputs' energy, mean over the
-matrices, with the bits per weight that are stored. Writes docs/results/dense_formats.md.
+matrices, with the bits per weight that are stored. Then the tied embedding alone is coded, its error as a head weighted
+so many times that as an embedding, and the KL of both on validation text reported. Writes
+docs/results/dense_formats.md.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kbvq.codes.packing import dequantize_expert
 from kbvq.method.dense_matrix import quantize_matrix
@@ -22,13 +24,19 @@ from kbvq.method.rate_distortion import weighted_error
 from kbvq.models.calibration import WatchedLinears
 from kbvq.models.calibration_text import calibration_windows
 from kbvq.models.ranks import ONE
+from kbvq.quantization.dense import tied_moment
 from kbvq.recipes import dense_format, make_recipe
 from kbvq.structures import InputMoments, PackedProjection
+from kbvq_eval.baseline import BaselineCache
+from kbvq_eval.divergence import score_windows
+from kbvq_eval.windows import text_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "models" / "tiny-qwen3-moe"
 TEXT = ROOT / "tests" / "data" / "calibration.txt"
+UNSEEN = ROOT / "tests" / "data" / "validation.txt"
 WINDOWS, WINDOW = 32, 256
+SHARES = (0, 1, 3, 10, 30)
 
 Coded = tuple[Tensor, float]
 """A decoded weight, and the bits per weight that it takes."""
@@ -81,6 +89,27 @@ FORMATS: dict[str, Callable[[Tensor, Tensor], Coded]] = {
 }
 
 
+def tied_lines(model: PreTrainedModel, moment: Tensor, tokens: Tensor) -> list[str]:
+    """Table of the KL that the tied embedding costs alone; moment: of the head's inputs, tokens: unseen windows. The
+    model is as it was afterwards."""
+    baseline = BaselineCache.of_model(model, tokens)
+    weight = model.get_input_embeddings().weight
+    original = weight.clone()
+    lines = ["| head's error, times | KL at 4 bits | at 8 bits |", "|---|---|---|"]
+    for share in SHARES:
+        found = []
+        for bits in (4, 8):
+            format = dense_format(*weight.shape, bits)
+            packed, _ = quantize_matrix(original, tied_moment(moment, share), format, seed=0)
+            weight.copy_(dequantize_expert(format, packed.tensors, 0))
+            scores = score_windows(model, tokens, baseline=baseline).summary()
+            found.append(f"{scores['kl']:.5f} ± {scores['kl_stderr']:.5f}")
+        lines.append(f"| {share} | {' | '.join(found)} |")
+        print(lines[-1], flush=True)
+    weight.copy_(original)
+    return lines
+
+
 @torch.no_grad()
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -105,10 +134,13 @@ def main() -> None:
             weights += weight.numel()
         lines.append(f"| {name.strip()} | {bits / weights:.2f} | {errors / len(linears):.2e} |")
         print(lines[-1], flush=True)
+    unseen = text_windows(UNSEEN.read_text(encoding="utf-8"), tokenizer, WINDOW, WINDOWS).tokens
+    lines += ["", *tied_lines(model, moments["lm_head"], unseen)]
     note = (
         f"\n\nMade by `python eval/dense_formats.py`: {len(linears)} matrices of the bundled model, {WINDOWS} windows\n"
         f"of {WINDOW} tokens of {TEXT.name}. Error: squared, of the outputs, relative to their energy; mean over the\n"
-        "matrices. Bits: everything stored, over all their weights.\n"
+        "matrices. Bits: everything stored, over all their weights. The second table: the tied embedding coded alone,\n"
+        f"its error as a head weighted so many times that as an embedding, {WINDOWS} windows of {UNSEEN.name}.\n"
     )
     (ROOT / "docs" / "results" / "dense_formats.md").write_text("\n".join(lines) + note, encoding="utf-8")
 

@@ -27,9 +27,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kbvq
+from kbvq.models.calibration import WatchedLinears
 from kbvq.models.calibration_text import calibration_windows
 from kbvq.models.layer_stream import LayerStream
-from kbvq.quantization.dense import decoded, pack_matrix, pack_whole_
+from kbvq.models.ranks import ONE
+from kbvq.quantization.dense import decoded, pack_matrix, pack_whole_, tied_moment
 from kbvq.quantization.pipeline import QuantizeOptions, dense_parts, quantize_model
 from kbvq.recipes import DENSE_BITS, make_recipe
 from kbvq.storage.checkpoint import inspect_checkpoint
@@ -56,7 +58,13 @@ def measure_alone(folder: Path, calibration: Tensor, baseline: BaselineCache, de
     packed, records = [], []
     if parts.embedding is not None:
         embedding = model.get_submodule(parts.embedding.path)
-        matrix, record = pack_matrix(embedding.weight, None, parts.embedding, seed=0)
+        moment = None
+        if head := parts.embedding.tied_head:
+            with WatchedLinears({head: model.get_submodule(head)}) as watched:
+                for part in calibration.split(8):
+                    model(part, use_cache=False)
+            moment = tied_moment(watched.second_moment(head, ONE))
+        matrix, record = pack_matrix(embedding.weight, moment, parts.embedding, seed=0)
         embedding.weight.copy_(decoded(matrix))
         packed, records = [matrix], [record]
     linears = [format for format in parts.formats if format.kind == "linear"]

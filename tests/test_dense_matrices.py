@@ -27,6 +27,7 @@ PROMPT = torch.arange(3, 51).view(2, 24)
 
 CASES = {
     "tied, 4 bits": ("qwen3_moe_tied", 4, {}),
+    "tied, rates by a budget, 4 bits": ("qwen3_moe_tied", 4, {"budget": True}),
     "biases and a gated shared expert, 8 bits": ("qwen2_moe", 8, {}),
     "a dense layer, 4 bits": ("deepseek_v3", 4, {}),
     "tied, tuned end to end, 8 bits": ("qwen3_moe_tied", 8, {"distillation_steps": 2}),
@@ -36,7 +37,7 @@ CASES = {
 def recipe(dense_bits, **changes):
     """Without biases of experts, for which the family's own code has no place."""
     fixed = {"kmeans_iterations": 2, "budget": False, "idre": False, "bcos": False}
-    return make_recipe("fast", 3, dense_bits=dense_bits, **fixed, **changes)
+    return make_recipe("fast", 3, dense_bits=dense_bits, **(fixed | changes))
 
 
 def logits(model):
@@ -107,6 +108,25 @@ def test_bits_and_bytes_are_those_on_the_disk(case):
     assert all("router" in reason or "too few" in reason for reason in record["dense"]["left"].values())
 
 
+def test_a_tied_matrix_is_stored_once_and_coded_for_the_heads_inputs(tmp_path, text):
+    """The less its error counts in a direction, the larger it may be there; the errors are those of the definition."""
+    original = save_tiny_model(tmp_path / "model", "qwen3_moe_tied", hidden_size=128)
+    inputs = []
+    original.lm_head.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].flatten(0, 1)))
+    logits(original)
+    errors = {}
+    for budget in (False, True):  # without a budget nothing is known of the head when the embedding is coded
+        quantize(tmp_path / "model", tmp_path / str(budget), text, recipe(4, budget=budget), samples=8)
+        (packed,) = (tmp_path / str(budget)).glob("model-00001*")
+        assert [name for name in load_file(packed) if "lm_head" in name or name.endswith("embed_tokens.weight")] == [
+            "model.embed_tokens.weight"
+        ]
+        embedding = AutoModelForCausalLM.from_pretrained(tmp_path / str(budget), dtype=torch.float32).model.embed_tokens
+        lost = original.lm_head.weight.detach() - embedding(torch.arange(embedding.num_embeddings))
+        errors[budget] = (inputs[0] @ lost.T).square().mean() / logits(original).square().mean()
+    assert errors[True] < 0.8 * errors[False], errors
+
+
 def test_saved_copied_and_cast_models_compute_the_same(case, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(case[1], dtype=torch.float32)
     expected = logits(loaded)
@@ -147,17 +167,26 @@ def test_a_packed_model_compiles_into_one_graph(tied):
     assert torch.equal(logits(torch.compile(loaded, fullgraph=True, backend="aot_eager")), expected)
 
 
-@pytest.mark.parametrize(("step", "number"), [("quantize", 1), ("quantize_head", 0)])
-def test_a_run_that_is_interrupted_gives_the_same_files(tmp_path, text, monkeypatch, step, number):
-    save_tiny_model(tmp_path / "model", "mixtral")
-    expected = quantize(tmp_path / "model", tmp_path / "undisturbed", text, recipe(8), samples=4)
+@pytest.mark.parametrize(
+    ("arch", "changes", "step", "number"),
+    [
+        ("mixtral", {}, "quantize", 1),
+        ("mixtral", {}, "quantize_head", 0),
+        ("qwen3_moe_tied", {"budget": True}, "plan", 0),
+        ("qwen3_moe_tied", {"budget": True}, "quantize", 0),
+    ],
+)
+def test_a_run_that_is_interrupted_gives_the_same_files(tmp_path, text, monkeypatch, arch, changes, step, number):
+    save_tiny_model(tmp_path / "model", arch)
+    chosen = recipe(8, **changes)
+    expected = quantize(tmp_path / "model", tmp_path / "undisturbed", text, chosen, samples=4)
     with monkeypatch.context() as patch:
         interrupt(patch, step, number)
         with pytest.raises(Stop):
-            quantize(tmp_path / "model", tmp_path / "out", text, recipe(8), samples=4)
+            quantize(tmp_path / "model", tmp_path / "out", text, chosen, samples=4)
     with pytest.raises(CheckpointError, match="recipe.dense_bits was 8 and is 4"):
-        quantize(tmp_path / "model", tmp_path / "out", text, recipe(4), samples=4)
-    assert quantize(tmp_path / "model", tmp_path / "out", text, recipe(8), samples=4) == expected
+        quantize(tmp_path / "model", tmp_path / "out", text, recipe(4, **changes), samples=4)
+    assert quantize(tmp_path / "model", tmp_path / "out", text, chosen, samples=4) == expected
     for path in (tmp_path / "undisturbed").glob("model*"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 

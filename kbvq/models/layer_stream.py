@@ -499,6 +499,7 @@ class LayerStream:
         finally:
             for name in names:
                 self._put(name, self._skeleton[name])
+            self._before_layers = []  # they are among the names
             return_freed_memory()
 
     def _initialize_buffers(self, root: nn.Module) -> None:

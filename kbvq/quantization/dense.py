@@ -17,6 +17,17 @@ from kbvq.models.ranks import ONE, Ranks
 from kbvq.quantization.block_tuning import windows_per_step
 from kbvq.structures import MatrixFormat, PackedMatrix
 
+_HEAD_SHARE = 3.0
+"""Of the error of a tied matrix as a head, beside its error as an embedding, both as if all directions were alike. A
+heuristic: eval/dense_formats.py compares others."""
+
+
+def tied_moment(of_head: Tensor, share: float = _HEAD_SHARE) -> Tensor:
+    """The second moment under which a matrix is coded that is embedding and head, [in_features, in_features]: an
+    embedding's error is that of its rows, a head's that of its products with inputs of this second moment."""
+    identity = torch.eye(len(of_head), device=of_head.device)
+    return identity + share * of_head * (len(of_head) / of_head.trace())
+
 
 def pack_matrix(
     weight: Tensor, second_moment: Tensor | None, format: MatrixFormat, *, seed: int

@@ -34,7 +34,7 @@ from kbvq.models.model_headers import model_headers
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.models.ranks import ONE, Ranks, join_ranks
 from kbvq.quantization.block_tuning import windows_per_step
-from kbvq.quantization.dense import decoded, pack_matrix, pack_whole_
+from kbvq.quantization.dense import decoded, pack_matrix, pack_whole_, tied_moment
 from kbvq.quantization.distillation import distill, tuning_windows
 from kbvq.quantization.fingerprint import run_fingerprint
 from kbvq.quantization.layer_quantization import quantize_layer
@@ -191,7 +191,7 @@ class Run:
     """The stages of one run. Between steps everything is in the carry:
 
     embedded: the embeddings of all windows, [windows, tokens, hidden_size], by the original and by the packed embedding
-    (one tensor twice, where that is not packed); until the model is measured.
+    (one tensor twice, where that is not packed or not yet); until the model is measured.
     hidden: the same behind the layers measured so far. disturbed, growth, bias_shares: by (bank, projection), peaks: by
         bank; see sensitivity.
     formats: of all banks, once they are chosen. budget: the record of that choice.
@@ -235,29 +235,54 @@ class Run:
         return [Stage(name, steps, step, seconds.get(name, 1.0) / steps) for name, steps, step in row]
 
     def prepare(self, index: int, carry: Carry) -> Step:
-        """Check every weight, embed the windows, and store what is outside the layers, unless the head is still to be
+        """Check every weight, embed the windows, and store what is outside the layers, unless some of it is still to be
         packed."""
-        stream, format = self.stream, self.parts.embedding
-        self.ranks.first(stream.check_finite)
-        embedded = packed_embedded = self.windows.embed()
+        self.ranks.first(self.stream.check_finite)
+        embedded = self.windows.embed()
         start: Carry = {"embedding": None, "matrices": [], "shards": [], "formats": self.formats}
         start["further"] = None if self.further is None else self.further.embed()
-        packed: dict[str, Tensor] = {}
-        if format is not None:
-            name = f"{format.path}.{WEIGHT}"
-            matrix, report = pack_matrix(stream.weight(name), None, format, seed=self.options.seed)
-            stream.replace_(name, decoded(matrix))
-            packed_embedded, packed = self.windows.embed(), matrix.state_dict()
-            file = self.work.store("embedding.safetensors", lambda path: write_tensors(path, packed))
-            start |= {"embedding": file, "matrices": [report]}
-        if self.parts.head is None:
-            start["shards"] = [self._write_shard(0, lambda: stream.outer_tensors() | packed)]
-        start["embedded"] = (embedded, packed_embedded)
+        start["embedded"] = (embedded, embedded)
+        if self.parts.embedding is None:
+            if self.parts.head is None:
+                start["shards"] = [self._write_shard(0, self.stream.outer_tensors)]
+        elif not self._packs_with_head:
+            start |= self._pack_embedding(embedded, None)
         if self.recipe.budget:
             start |= {"hidden": embedded, "disturbed": {}, "growth": {}, "bias_shares": {}, "peaks": {}}
         else:
             start |= self._first_activations(start["embedded"])
         return Step(start)
+
+    @property
+    def _packs_with_head(self) -> bool:
+        """Whether the embedding is packed once the inputs of the head that is tied to it are known, which a run without
+        the measuring pass does not know before its layers are quantized."""
+        return self.recipe.budget and self.parts.embedding is not None and bool(self.parts.embedding.tied_head)
+
+    def _pack_embedding(self, embedded: Tensor, second_moment: Tensor | None) -> Carry:
+        """Pack the embedding, embed the windows with it, and store what is outside the layers, unless the head is still
+        to be packed. embedded: the windows' original embeddings. second_moment: as of `pack_matrix`."""
+        stream, format = self.stream, self.parts.embedding
+        assert format is not None
+        name = f"{format.path}.{WEIGHT}"
+        matrix, report = pack_matrix(stream.weight(name), second_moment, format, seed=self.options.seed)
+        stream.layer_inputs(self.token_ids[:1])  # brings the original into memory, if layers were there since
+        stream.replace_(name, decoded(matrix))
+        packed = matrix.state_dict()
+        made: Carry = {"embedded": (embedded, self.windows.embed()), "matrices": [report]}
+        made["embedding"] = self.work.store("embedding.safetensors", lambda path: write_tensors(path, packed))
+        if self.parts.head is None:
+            made["shards"] = [self._write_shard(0, lambda: stream.outer_tensors() | packed)]
+        return made
+
+    def _head_moment(self, path: str, states: Tensor) -> Tensor:
+        """Second moment of what the head at `path` gets of these outputs of the last layer, of all windows."""
+        with self.stream.head(), torch.no_grad():
+            head = self.stream.model.get_submodule(path)
+            with WatchedLinears({path: head}) as watched:
+                for part in self.windows.parts():
+                    self.stream.head_inputs(states[part].to(self.stream.device))
+            return watched.second_moment(path, self.ranks)
 
     def measure(self, index: int, carry: Carry) -> Step:
         """How sensitive the model's predictions are to errors in each projection of a layer."""
@@ -279,7 +304,7 @@ class Run:
         return Step({**carry, **found, "hidden": probe.outputs, "disturbed": disturbed})
 
     def plan(self, index: int, carry: Carry) -> Step:
-        """Choose the formats of all banks within the budget."""
+        """Choose the formats of all banks within the budget, and pack an embedding that is the head too."""
         stream = self.stream
         reference = carry["hidden"][: self.windows.num_probed]
         with stream.head(), torch.no_grad():
@@ -294,7 +319,13 @@ class Run:
         text = ", ".join(f"{n} projections with {bits} code bits" for bits, n in sorted(counts.items()))
         kept = {name: carry[name] for name in ("embedding", "further", "matrices", "shards")}
         chosen = {"formats": plan.formats, "budget": plan.record}
-        return Step(kept | chosen | self._first_activations(carry["embedded"]), text)
+        embedded = carry["embedded"]
+        if self._packs_with_head:
+            moment = tied_moment(self._head_moment(self.parts.embedding.tied_head, carry["hidden"]))
+            packed = self._pack_embedding(embedded[0], moment)
+            embedded = packed.pop("embedded")
+            kept |= packed
+        return Step(kept | chosen | self._first_activations(embedded), text)
 
     def quantize(self, index: int, carry: Carry) -> Step:
         """Quantize the matrices and banks of a layer and carry both sets of activations on."""
@@ -344,12 +375,7 @@ class Run:
         """
         stream, format = self.stream, self.parts.head
         assert format is not None
-        with stream.head(), torch.no_grad():
-            head = stream.model.get_submodule(format.path)
-            with WatchedLinears({format.path: head}) as watched:
-                for part in self.windows.parts():
-                    stream.head_inputs(carry["student"][part].to(stream.device))
-            second_moment = watched.second_moment(format.path, self.ranks)
+        second_moment = self._head_moment(format.path, carry["student"])
         weight = stream.weight(f"{format.path}.{WEIGHT}")
         matrix, report = pack_matrix(weight, second_moment, format, seed=self.options.seed)
         packed = matrix.state_dict()
