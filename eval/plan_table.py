@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -23,10 +26,10 @@ from kbvq.errors import KbvqError
 from kbvq.models.layer_stream import LayerStream
 from kbvq.models.model_headers import write_header
 from kbvq.quantization.pipeline import dense_parts
-from kbvq.quantization.planning import check_budget
+from kbvq.quantization.planning import check_budget, uniform_plan
 from kbvq.quantization.progress import format_seconds
-from kbvq.quantization.run_plan import RunPlan, make_plan
-from kbvq.recipes import DENSE_BITS, make_recipe
+from kbvq.quantization.run_plan import RunPlan, machine_speed, make_plan
+from kbvq.recipes import DENSE_BITS, RECIPE_NAMES, make_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -128,9 +131,9 @@ def hub_tensors(name: str, shape: tuple[int, ...], model_type: str) -> list[tupl
 
 
 def plan_model(
-    fields: dict[str, object], recipe: str, bits: float, dense_bits: Sequence[int] = (16,)
+    fields: dict[str, object], recipe: str, bits: float, dense_bits: Sequence[int] = (16,), **options: Any
 ) -> list[tuple[RunPlan, float]]:
-    """The plan for each of `dense_bits`, and the seconds that it took."""
+    """The plan for each of `dense_bits`, and the seconds that it took. options: of make_plan."""
     plans = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -139,8 +142,9 @@ def plan_model(
             started = time.perf_counter()
             stream = LayerStream(folder, dtype=torch.float32, device="cpu")
             chosen = make_recipe(recipe, bits, dense_bits=outside)
-            formats, parts = check_budget(stream.banks, chosen), dense_parts(stream, chosen)
-            plan = make_plan(stream, formats, chosen, samples=128, sequence_length=2048, parts=parts)
+            choose = check_budget if chosen.budget else uniform_plan
+            formats, parts = choose(stream.banks, chosen), dense_parts(stream, chosen)
+            plan = make_plan(stream, formats, chosen, samples=128, sequence_length=2048, parts=parts, **options)
             plans.append((plan, time.perf_counter() - started))
     return plans
 
@@ -174,7 +178,7 @@ def write_sizes(models: Sequence[str], bits: float, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(CONFIGS))
-    parser.add_argument("--recipes", nargs="+", default=["fast", "best"])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPE_NAMES))
     parser.add_argument("--bits", type=float, default=2.25)
     parser.add_argument("--sizes", action="store_true", help="the table of sizes instead")
     parser.add_argument("--output", type=Path, help="(default: plans.md or sizes.md in docs/results)")
@@ -183,26 +187,35 @@ def main() -> None:
     if options.sizes:
         write_sizes(options.models, options.bits, output)
         return
-    columns = "model|weights, 10⁹|of experts|recipe|size, GB|after, GB|memory, GB|most of it|disk, GB|time|planned in"
+    columns = "model|weights, 10⁹|of experts|recipe|bits|size, GB|after, GB|memory, GB|most of it|at least, GB|disk, GB"
+    columns += "|time|coding, µs a weight|planned in"
     lines = ["| " + columns.replace("|", " | ") + " |", "|---" * (columns.count("|") + 1) + "|"]
     for model in options.models:
         for recipe in options.recipes:
             try:
-                ((plan, seconds),) = plan_model(CONFIGS[model], recipe, options.bits)
+                bits = options.bits if make_recipe(recipe, 2).budget else int(options.bits)
+                # By CPU time, which other work on the machine changes less.
+                ((plan, seconds),) = plan_model(CONFIGS[model], recipe, bits, clock=time.process_time)
             except KbvqError as error:
                 raise SystemExit(f"{model}: {error}") from error
+            speed = machine_speed(make_recipe(recipe, bits), torch.device("cpu"), time.process_time)
             largest = max(plan.memory.parts, key=lambda name: plan.memory.parts[name])
             lines.append(
                 f"| {model} | {plan.model_weights / 1e9:.1f} | {plan.num_weights / 1e9:.1f} | {recipe} | "
-                f"{plan.source_bytes / 1e9:.1f} | {plan.output_bytes / 1e9:.1f} | {plan.memory.total / 1e9:.1f} | "
-                f"{largest} | {plan.disk.total / 1e9:.1f} | {format_seconds(sum(plan.seconds.values()))} | "
-                f"{seconds:.1f} s |"
+                f"{plan.bits:.2f} | {plan.source_bytes / 1e9:.1f} | {plan.output_bytes / 1e9:.1f} | "
+                f"{plan.memory.total / 1e9:.1f} | {largest} | {plan.least_memory / 1e9:.1f} | "
+                f"{plan.disk.total / 1e9:.1f} | {format_seconds(sum(plan.seconds.values()))} | "
+                f"{1e6 * speed.per_weight:.2f} | {seconds:.1f} s |"
             )
             print(lines[-1], flush=True)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread; load {os.getloadavg()[0]:.0f}"
     note = (
-        f"\n\nMade by `python eval/plan_table.py`: {options.bits} bits, 128 windows of 2048 tokens, float32 on a CPU,\n"
-        f"one process with {torch.get_num_threads()} threads. Time is an estimate from a measurement on the\n"
-        "machine that made the table. Configs of the published models, shards of headers alone, in bfloat16.\n"
+        f"\n\nMade by `python eval/plan_table.py`: {options.bits} bits, {int(options.bits)} code bits without a "
+        "budget, 128 windows of\n2048 tokens, float32 on a CPU. at least: memory with the statistics of the experts on "
+        "the disk (`--max-memory`).\ntime: an estimate for one thread of the machine that made the table "
+        f"({machine}), from its products of\nmatrices ({speed.flops / 1e9:.0f} GFLOP/s) and its coding of a small "
+        "projection, in CPU seconds, which other work changes little. planned in:\nseconds of the clock. Configs of "
+        "the published models, shards of headers alone, in bfloat16.\n"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + note, encoding="utf-8")

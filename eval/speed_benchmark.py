@@ -5,7 +5,7 @@ is scaled to all of them. Every stage runs on one core and is measured in CPU ti
 disturbs less. Projections have no shared basis. Each expert runs on the probe's pass, the teacher's, the student's
 three, and once more with the original weights on the student's tokens (sensitivity, layer_quantization, matching).
 Attention, files and the network's other parts are not in it, nor what a recipe tunes end to end. --plain: the searches
-in torch, as without a C++ compiler. Writes speed.json and speed.md.
+in torch, as without a C++ compiler. Rows of other models and recipes in speed.json are kept; writes it and speed.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kbvq.method import projection, vector_quantization
-from kbvq.method.target_weights import TargetSums, goal_of
+from kbvq.method.target_weights import Goal, TargetSums, goal_of
 from kbvq.models.expert_forward import gated, run_experts, stacked_experts
 from kbvq.quantization.sensitivity import noise_law, probed_rates
 from kbvq.recipes import Recipe, make_recipe
@@ -35,6 +35,7 @@ from kbvq_kernels import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 CALIBRATION = 128 * 2048  # tokens
+BITS = 2  # of codes, for every weight
 FORWARD_PASSES = 6
 MOMENT_PASSES = {"gate_up_proj": 2, "down_proj": 3}
 """The probe's and the student's; of down, by which channels are sorted, the teacher's too. Once there are the sums that
@@ -50,6 +51,9 @@ STAGES = {
 }
 NOT_CODING = {"limit", "basis"}
 """What is done for the report and the probe."""
+
+GOALS = {"fast": 0.7, "default": 1.2}
+"""Microseconds of CPU that coding a weight may take, by recipe."""
 
 PER_BANK = {"tables", "limit", "basis"}
 """Does not grow with the experts: k-means draws a subset of all vectors, the Shannon limit is that of few experts, and
@@ -167,9 +171,9 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.process_time() - start
 
 
-def measure_bank(bank: Bank, recipe: Recipe, bits: int, experts: int, tokens: int) -> dict[str, float]:
-    """CPU seconds by stage for the bank, all experts and the whole calibration text."""
-    experts = min(experts, bank.num_experts)
+def measure_bank(bank: Bank, recipe: Recipe, experts: int, tokens: int, *, alone: bool) -> dict[str, float]:
+    """CPU seconds by stage for the bank, all experts and the whole calibration text, from so many of both. alone: of
+    the coding, the forward passes and the moments, without probe, goals and report."""
     seconds: dict[str, float] = defaultdict(float)
     share = bank.tokens / tokens
     forward, products = forward_time(bank, experts, tokens)
@@ -183,20 +187,25 @@ def measure_bank(bank: Bank, recipe: Recipe, bits: int, experts: int, tokens: in
         seconds["moments"] += share * of_sums["moments"]
         generator = torch.Generator().manual_seed(2)
         weights = 0.02 * heavy_tailed(experts, out_features, in_features, generator=generator)
-        basis = seconds["basis"]
-        with timed(seconds, "probe"), stage_times(seconds):
-            law = noise_law(weights, moments, recipe, probed_rates(recipe))
-            white = law.white(generator)
-            for rate in law.deviations:
-                law.noise(white, rate)
-        seconds["probe"] -= seconds["basis"] - basis
-        with timed(seconds, "goals"):
-            targets = sums.mapped(weights) if name == "gate_up_proj" else sums
-            goal = goal_of(weights, targets, moments, recipe.prior_tokens)
-        del sums, targets, white
-        format = recipe.projection_format(experts, out_features, in_features, bits=bits, rank=0, bias=True)
+        goal = Goal(weights, torch.zeros_like(weights[..., 0]))
+        if not alone:
+            basis = seconds["basis"]
+            with timed(seconds, "probe"), stage_times(seconds):
+                law = noise_law(weights, moments, recipe, probed_rates(recipe))
+                white = law.white(generator)
+                for rate in law.deviations:
+                    law.noise(white, rate)
+            seconds["probe"] -= seconds["basis"] - basis
+            with timed(seconds, "goals"):
+                targets = sums.mapped(weights) if name == "gate_up_proj" else sums
+                goal = goal_of(weights, targets, moments, recipe.prior_tokens)
+            del targets, white, law
+        del sums
+        format = recipe.projection_format(experts, out_features, in_features, bits=BITS, rank=0, bias=True)
         with timed(seconds, "quantize"), stage_times(seconds):
             packed = projection.quantize_projection(weights, moments, moments, format, recipe, seed=0, goal=goal)
+        if alone:
+            continue
         limit = seconds["limit"]
         with timed(seconds, "report"), stage_times(seconds):
             report = projection.report_projection(weights, packed, moments, prior_tokens=recipe.prior_tokens)
@@ -210,40 +219,80 @@ def measure_bank(bank: Bank, recipe: Recipe, bits: int, experts: int, tokens: in
     return seconds | {"forward": passes * forward, "forward, products alone": passes * products}
 
 
+def measured(row: dict) -> str:
+    """What was measured of how much, for people."""
+    banks = zip(row["experts"], MODELS[row["model"]][1], strict=True)
+    experts = " + ".join(f"{few} of {bank.num_experts}" for few, bank in banks)
+    narrower = "" if row["width_divisor"] == 1 else f", 1/{row['width_divisor']} of the widths"
+    return f"{experts} experts, {row['tokens']} tokens{narrower}"
+
+
 def table(results: list[dict]) -> list[str]:
     stages = [*STAGES, "other", "report", "goals", "probe", "moments", "forward"]
-    lines = [f"| model | recipe | {' | '.join(stages)} | coding, µs a weight | forward, share of products | model, h |"]
-    lines.append("|---|---|" + "---|" * (len(stages) + 3))
+    columns = ["model", "recipe", *stages, "coding, µs a weight", "goal", "forward, share of products", "model, h"]
+    lines = [f"| {' | '.join([*columns, 'measured', 'load'])} |", "|---" * (len(columns) + 2) + "|"]
     for row in results:
-        cells = [f"{row['seconds'][stage]:.1f}" for stage in stages]
-        cells += [f"{row['coding']:.2f}", f"{row['products_share']:.2f}", f"{row['hours']:.1f}"]
+        # A stage that was left out has no time: 0 is what takes none, as tables do for a trellis.
+        left_out = NOT_CODING | {"report", "goals", "probe"} if row["alone"] else set()
+        cells = ["–" if stage in left_out else f"{row['seconds'][stage]:.1f}" for stage in stages]
+        goal = GOALS.get(row["recipe"])
+        verdict = "" if goal is None else f"{goal}: {'met' if row['coding'] <= goal else 'missed'}"
+        cells += [
+            f"{row['coding']:.2f}",
+            verdict,
+            f"{row['products_share']:.2f}",
+            "–" if row["alone"] else f"{row['hours']:.1f}",
+        ]
+        cells += [measured(row), f"{row['load']:.1f}"]
         lines.append(f"| {row['model']} | {row['recipe']} | {' | '.join(cells)} |")
     return lines
 
 
+def markdown(kept: dict) -> str:
+    """The page from what is kept in JSON."""
+    lines = [
+        "# Speed of quantization at real widths",
+        "",
+        f"CPU seconds for one decoder layer's experts on one core of {kept['machine']}, 2 code bits, calibration of "
+        f"{CALIBRATION:,} tokens. Few experts of each bank, and few tokens for each of them, are measured and scaled "
+        "to all, as the table says; load: of the machine at the end of the row, by all that ran on it.",
+        "",
+        *table(kept["rows"]),
+        "",
+        f"Made by `python eval/speed_benchmark.py`, torch {kept['torch']}. coding: from column scales to other, "
+        "without limit and basis. limit: the Shannon limit of few experts, for the report. goals: the weights that are "
+        "coded in the place of the original ones. probe: noise for the sensitivities; basis: the eigenvalue problems "
+        f"of a projection's shared basis, for them. forward: {FORWARD_PASSES} passes. model: all decoder layers' "
+        "experts, core-hours.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[name for name in MODELS if name[0] == "Q"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--recipes", nargs="+", default=["fast", "default"])
-    parser.add_argument("--bits", type=int, default=2, help="code bits of every projection")
     parser.add_argument("--experts", type=int, default=4, help="of each bank, scaled to all")
     parser.add_argument("--tokens", type=int, default=1024, help="for each expert, scaled to the calibration text")
     parser.add_argument("--plain", action="store_true", help="searches in torch instead of the compiled ones")
+    parser.add_argument("--coding-alone", action="store_true", help="without probe, goals and report")
     parser.add_argument("--width-divisor", type=int, default=1, help="narrower banks, to try the script")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "speed.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.plain:
         encode.trellis_library = encode.feedback_library = lambda: None
-    results = []
+    kept = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
+    kept |= {"machine": f"a machine of {os.cpu_count()} cores ({platform.machine()})", "torch": torch.__version__}
     for model in options.models:
         layers, banks = MODELS[model]
         for name in options.recipes:
             print(f"{model} {name}", flush=True)
-            recipe = make_recipe(name, options.bits)
+            recipe = make_recipe(name, BITS)
             totals: dict[str, float] = defaultdict(float)
             weights = 0
-            for bank in banks:
+            experts = [min(options.experts, bank.num_experts) for bank in banks]
+            for bank, few in zip(banks, experts, strict=True):
                 narrow = options.width_divisor
                 bank = Bank(
                     bank.name,
@@ -252,38 +301,29 @@ def main() -> None:
                     bank.num_experts,
                     bank.tokens,
                 )
-                for stage, value in measure_bank(bank, recipe, options.bits, options.experts, options.tokens).items():
+                for stage, value in measure_bank(bank, recipe, few, options.tokens, alone=options.coding_alone).items():
                     totals[stage] += value
                 weights += bank.num_experts * 3 * bank.hidden_size * bank.intermediate_size
             products = totals.pop("forward, products alone")
             coding = sum(totals[stage] for stage in (*STAGES, "other") if stage not in NOT_CODING)
-            results.append(
-                {
-                    "model": model,
-                    "recipe": name,
-                    "seconds": dict(totals),
-                    "coding": 1e6 * coding / weights,
-                    "products_share": products / totals["forward"],
-                    "hours": layers * sum(totals.values()) / 3600,
-                }
-            )
-    lines = [
-        f"CPU seconds for one decoder layer's experts on one core of a {platform.machine()} machine of "
-        f"{os.cpu_count()} cores (load {os.getloadavg()[0]:.0f} at the end), {options.bits} code bits, calibration of "
-        f"{CALIBRATION} tokens; {options.experts} experts and {options.tokens} tokens measured and scaled; searches "
-        f"{'in torch' if options.plain else 'compiled'}.",
-        "",
-        *table(results),
-        "",
-        f"Made by `python eval/speed_benchmark.py`, torch {torch.__version__}. coding: from column scales to other, "
-        "without limit and basis. limit: the Shannon limit of few experts, for the report. goals: the weights that are "
-        "coded in the place of the original ones. probe: noise for the sensitivities; basis: the eigenvalue problems "
-        "of a projection's shared basis, for them. "
-        f"forward: {FORWARD_PASSES} passes. model: all decoder layers' experts, core-hours.",
-    ]
-    options.output.write_text(json.dumps({"settings": vars(options) | {"output": None}, "rows": results}, indent=1))
-    options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+            row = {
+                "model": model,
+                "recipe": name,
+                "experts": experts,
+                "tokens": options.tokens,
+                "width_divisor": options.width_divisor,
+                "alone": options.coding_alone,
+                "load": os.getloadavg()[0],
+                "seconds": dict(totals),
+                "coding": 1e6 * coding / weights,
+                "products_share": products / totals["forward"],
+                "hours": layers * sum(totals.values()) / 3600,
+            }
+            others = [old for old in kept["rows"] if (old["model"], old["recipe"]) != (model, name)]
+            kept["rows"] = sorted([*others, row], key=lambda row: list(MODELS).index(row["model"]))
+            options.output.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            options.output.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")
+    print(options.output.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -42,6 +42,8 @@ PROBE_SHARE = 0.25
 """Most of a run's forward passes that may go into disturbed activations: there are as many of them as projections, and
 each walks through all layers behind its own."""
 
+Clock = Callable[[], float]
+
 _PROGRAM = 560 << 20  # what Python, torch and transformers take (eval/memory_benchmark.py, with threads and buffers)
 _SPILLED = ("statistics", "factors")  # what of the experts goes to the disk where it is too much for the memory
 _CODED_WIDTH = 256  # of the projection on which the time of coding is measured
@@ -66,9 +68,10 @@ class RunPlan:
     dense_bits: of the matrices outside the banks. dense_weights: how many weights those are that are packed so.
     dense_left: paths of the matrices that stay at 16 bits all the same, and why.
     output_bytes: of the packed checkpoint. source_bytes: of the original.
-    memory: bytes at the peak of the busiest layer, on the device that computes; of the whole run. disk: bytes beside
-    the model itself. seconds: by stage. statistics_at_once: bytes of the statistics of all experts that are gathered in
-    one pass over the windows; not infinite where they are on the disk because the memory is too small for all of them.
+    memory: bytes at the peak of the busiest layer, on the device that computes; of the whole run. least_memory: what it
+    can do with, the statistics of the experts being on the disk. disk: bytes beside the model itself. seconds: by
+    stage. statistics_at_once: bytes of the statistics of all experts that are gathered in one pass over the windows;
+    not infinite where they are on the disk because the memory is too small for all of them.
     """
 
     model: str
@@ -85,6 +88,7 @@ class RunPlan:
     output_bytes: int
     source_bytes: int
     memory: Amount
+    least_memory: float
     disk: Amount
     seconds: dict[str, float]
     statistics_at_once: float
@@ -107,7 +111,9 @@ class RunPlan:
         if self.dense_left:
             reasons = Counter(self.dense_left.values())
             dense += [f"             {count} matrices left at 16 bits: {why}" for why, count in reasons.items()]
-        spilled = []
+        spilled, least = [], []
+        if self.least_memory < 0.95 * self.memory.total:
+            least = [f"             {_gigabytes(self.least_memory)} with statistics on the disk, by --max-memory"]
         if self.spills:
             spilled = [f"             statistics of the experts there, {_gigabytes(self.statistics_at_once)} at a time"]
         return [
@@ -118,6 +124,7 @@ class RunPlan:
             f"  size       {_gigabytes(self.output_bytes)} after {_gigabytes(self.source_bytes)}; "
             f"{self.bits:.3f} true bits per expert weight, {self.model_bits:.3f} of the whole model",
             f"  memory     {_amount(self.memory)}",
+            *least,
             f"  disk       {_amount(self.disk)}",
             *spilled,
             f"  time       about {format_seconds(sum(self.seconds.values()))}: "
@@ -152,10 +159,11 @@ def make_plan(
     sequence_length: int,
     parts: DenseParts = NOTHING,
     limit: float = math.inf,
+    clock: Clock = time.perf_counter,
 ) -> RunPlan:
     """The plan of a run with so many calibration windows. formats: of the recipe; with a budget the largest ones.
     parts: what is packed outside the banks. limit: bytes of memory; when the statistics of all experts do not fit, they
-    go to the disk, if the run computes on the CPU."""
+    go to the disk, if the run computes on the CPU. clock: by which this machine is measured."""
     banks, config = stream.banks, stream.text_config
     num_weights = sum(_num_weights(bank) for bank in banks)
     packed = sum(getattr(f, p).num_bytes for f in formats for p in PROJECTIONS)
@@ -168,8 +176,10 @@ def make_plan(
     activations, tuning = samples * of_window, tuning_windows(recipe, samples, sequence_length) * of_window
     moments = _moments_of_run(stream, recipe, samples, sequence_length, parts)
     memory, on_disk, at_once = _most(moments), 0.0, math.inf
-    if memory.total > limit and stream.device.type == "cpu":
-        memory, on_disk, at_once = _spilled(stream, moments, limit)
+    spilled = _spilled(stream, moments, limit)
+    on_cpu = stream.device.type == "cpu"
+    if on_cpu and memory.total > limit:
+        memory, on_disk, at_once = spilled
     return RunPlan(
         model=f"{type(stream.model).__name__} ({config.model_type})",
         num_layers=stream.num_layers,
@@ -185,6 +195,7 @@ def make_plan(
         output_bytes=output,
         source_bytes=stream.source_bytes,
         memory=memory,
+        least_memory=min(memory.total, spilled[0].total if on_cpu else math.inf),
         disk=Amount(
             {
                 "output": output,
@@ -197,7 +208,7 @@ def make_plan(
                 "statistics": on_disk,
             }
         ),
-        seconds=_seconds(stream, recipe, samples * sequence_length, parts, at_once),
+        seconds=_seconds(stream, recipe, samples * sequence_length, parts, at_once, clock),
         statistics_at_once=at_once,
     )
 
@@ -426,25 +437,26 @@ class Speed:
     per_weight: float
 
 
-def machine_speed(recipe: Recipe, device: torch.device) -> Speed:
+def machine_speed(recipe: Recipe, device: torch.device, clock: Clock = time.perf_counter) -> Speed:
     """Measured in about a second."""
-    return Speed(_flops(device), _coding_seconds(recipe, device))
+    return Speed(_flops(device, clock), _coding_seconds(recipe, device, clock))
 
 
 @lru_cache
-def _flops(device: torch.device, size: int = 768) -> float:
+def _flops(device: torch.device, clock: Clock, size: int = 768) -> float:
     matrix = torch.rand(size, size, device=device)
-    return 2 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item())
+    return 2 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item(), clock)
 
 
 @lru_cache
-def _coding_seconds(recipe: Recipe, device: torch.device) -> float:
+def _coding_seconds(recipe: Recipe, device: torch.device, clock: Clock) -> float:
     """Seconds for one weight more: what two projections take of which one has more experts. Codebooks are trained on a
     sample, whose time both have, and compiled code is built before either is timed."""
     few, many = 2, 6
     _code_random(recipe, device, 1)
     times = {
-        experts: _best_seconds(lambda n=experts: _code_random(recipe, device, n), times=1) for experts in (few, many)
+        experts: _best_seconds(lambda n=experts: _code_random(recipe, device, n), clock, times=1)
+        for experts in (few, many)
     }
     return max(times[many] - times[few], 0.1 * times[many]) / ((many - few) * _CODED_WIDTH**2)
 
@@ -462,20 +474,20 @@ def _code_random(recipe: Recipe, device: torch.device, experts: int) -> None:
     quantize_projection(weights, moments, moments, format, recipe, seed=0)
 
 
-def _best_seconds(work: object, times: int = 3) -> float:
+def _best_seconds(work: Callable[[], object], clock: Clock, times: int = 3) -> float:
     best = float("inf")
     for _ in range(times):
-        started = time.perf_counter()
-        work()  # type: ignore[operator]
-        best = min(best, time.perf_counter() - started)
+        started = clock()
+        work()
+        best = min(best, clock() - started)
     return best
 
 
 def _seconds(
-    stream: LayerStream, recipe: Recipe, tokens: int, parts: DenseParts, statistics_at_once: float
+    stream: LayerStream, recipe: Recipe, tokens: int, parts: DenseParts, statistics_at_once: float, clock: Clock
 ) -> dict[str, float]:
     """By stage, from the products that a token takes part in and the weights that are coded."""
-    speed = machine_speed(recipe, stream.device)
+    speed = machine_speed(recipe, stream.device, clock)
     config = stream.text_config
     top_k = getattr(config, "num_experts_per_tok", 2)
     dense = sum(p.numel() for p in stream.model.get_submodule(stream.layers_path).parameters())
