@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from kbvq.cli import main
 from kbvq.errors import CheckpointError, ConfigError
 from kbvq_eval.loading import LoadedModel
+from kbvq_eval.run import evaluate
 from kbvq_eval.stored import size, stored
 
 EXPERTS = GGMLQuantizationType.Q4_0
@@ -199,6 +200,16 @@ def test_gptq_is_loaded_by_its_own_loader(tmp_path, monkeypatch):
     loaded = LoadedModel(str(folder), "cpu", "bfloat16")
     assert loaded.method == "gptq" and not loaded.model().training
     assert called == [(str(folder), {"device": "cpu", "dtype": torch.bfloat16, "backend": "torch"})]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_does_not_diverge_from_itself(tmp_path, text, dtype):
+    """As a baseline it is streamed by layer, as a model loaded: the same numbers, not only near ones."""
+    save_tiny_model(tmp_path, "qwen3_moe")
+    found = evaluate(
+        str(tmp_path), baseline=str(tmp_path), perplexity=[str(text)], window=64, device="cpu", dtype=dtype
+    )["perplexity"][text.name]
+    assert (found["kl"], found["delta_nll"], found["agreement"]) == (0, 0, 1)
 
 
 def test_a_checkpoint_that_would_be_loaded_in_part_is_refused(tmp_path):
