@@ -4,7 +4,8 @@ Random models of the bundled one's family are quantized, each in a process of it
 depth, and must be within what the plan says for the width and the experts. Two peaks are measured: of all resident
 memory, pages of files included, which the system takes back when it needs them, and of what is in no file, sampled;
 the plan is about the latter. The last row allows no more memory than the least that the run can do with, so that
-statistics of the experts go to the disk. Linux only. Writes docs/results/memory.md.
+statistics of the experts go to the disk. Rows of other shapes in memory.json are kept; writes it and memory.md, in
+docs/results. Linux only.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ SAMPLES, BITS = 32, 2.25
 MEGABYTE = 1 << 20
 
 SHAPES = {
-    "depth": [(layers, 256, 128, 8) for layers in (4, 16)],
-    "width": [(2, hidden, hidden // 4, 4) for hidden in (512, 1024, 2048)],
-    "experts": [(2, 512, 128, experts) for experts in (16, 64, 128)],
+    "depth": [(layers, 256, 128, 16) for layers in (4, 16)],
+    "width": [(2, hidden, hidden // 4, 4) for hidden in (1024, 2048)],
+    "experts": [(2, 512, 128, experts) for experts in (16, 64)],
+    "least": [(2, 512, 128, 64)],
 }
-"""By what grows: layers, hidden size, intermediate size, experts."""
+"""By what grows: layers, hidden size, intermediate size, experts; least: with no more memory than it can do with."""
 
 # VmHWM belongs to the process image; ru_maxrss would start from the memory of the process that forked this one.
 _PROBE = """
@@ -110,34 +112,44 @@ def measure(folder: Path, shape: Sequence[int], recipe: str, *, least: bool = Fa
     return size, plan, *peaks
 
 
+def markdown(kept: dict) -> str:
+    """The page from what is kept in JSON."""
+    columns = "layers|hidden|intermediate|experts|model on disk|planned|most of it|peak|of it in no file|in files"
+    lines = ["| " + columns.replace("|", " | ") + " |", "|---" * (columns.count("|") + 1) + "|"]
+    peak, own = (f"{kept['imports'][name] / MEGABYTE:.0f}" for name in ("peak", "own"))
+    lines.append(f"| none: imports alone | | | | | | | {peak} | {own} | |")
+    for row in kept["rows"]:
+        numbers = {name: f"{row[name] / MEGABYTE:.0f}" for name in ("size", "planned", "peak", "own", "on_disk")}
+        cells = [*map(str, row["shape"]), numbers["size"], numbers["planned"], row["largest"]]
+        cells += [numbers["peak"], numbers["own"], f"{numbers['on_disk']} of statistics" if row["least"] else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        "\n\nMiB. Made by `python eval/memory_benchmark.py`: recipe default, bfloat16 on disk, float32 in memory, "
+        f"{SAMPLES} windows of 256\ntokens, one thread. planned: by the dry run, which counts a program of 560. peak: "
+        "resident, with the pages of files (activations,\nshards), which the system takes back when it needs them. The "
+        "row with statistics in files had no more memory than the run\ncan do with (`--max-memory`).\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grow", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--recipe", default="default")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "memory.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "memory.json")
     options = parser.parse_args()
-    peak, own = peak_memory()
-    columns = "layers|hidden|intermediate|experts|model on disk|planned|most of it|peak|of it in no file|in files"
-    lines = ["| " + columns.replace("|", " | ") + " |", "|---" * (columns.count("|") + 1) + "|"]
-    lines.append(f"| none: imports alone | | | | | | | {peak / MEGABYTE:.0f} | {own / MEGABYTE:.0f} | |")
-    runs = [(shape, False) for name in options.grow for shape in SHAPES[name]]
-    for shape, least in [*runs, (runs[-1][0], True)]:
+    kept = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
+    kept["imports"] = dict(zip(("peak", "own"), peak_memory(), strict=True))
+    order = [(list(shape), name == "least") for name, shapes in SHAPES.items() for shape in shapes]
+    for shape, least in [(list(shape), name == "least") for name in options.grow for shape in SHAPES[name]]:
         with tempfile.TemporaryDirectory() as folder:
-            size, plan, peak, own = measure(Path(folder), shape, options.recipe, least=least)
-        largest = max((name for name in plan.memory.parts if name != "program"), key=plan.memory.parts.__getitem__)
-        on_disk = f"{plan.disk.parts['statistics'] / MEGABYTE:.0f} of statistics" if plan.spills else ""
-        cells = [*map(str, shape), *(f"{number / MEGABYTE:.0f}" for number in (size, plan.memory.total)), largest]
-        cells += [f"{peak / MEGABYTE:.0f}", f"{own / MEGABYTE:.0f}", on_disk]
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    note = (
-        f"\n\nMiB. Made by `python eval/memory_benchmark.py`: recipe {options.recipe}, bfloat16 on disk, float32 in "
-        f"memory, {SAMPLES} windows\nof 256 tokens, {torch.get_num_threads()} thread. planned: by the dry run, which "
-        "counts a program of 560. peak: resident, with the pages\nof files (activations, shards), which the system "
-        "takes back when it needs them. The last row has no more memory than it can do with\n(`--max-memory`): "
-        "statistics of the experts are in files, and the bytes of the result are those of the row above.\n"
-    )
-    options.output.write_text("\n".join(lines) + note, encoding="utf-8")
+            size, plan, peak, own = measure(Path(folder), shape, "default", least=least)
+        parts = {name: part for name, part in plan.memory.parts.items() if name != "program"}
+        row = {"shape": shape, "least": least, "size": size, "planned": plan.memory.total, "peak": peak, "own": own}
+        row |= {"largest": max(parts, key=parts.__getitem__), "on_disk": plan.disk.parts["statistics"]}
+        rows = [old for old in kept["rows"] if (old["shape"], old["least"]) != (shape, least)]
+        kept["rows"] = sorted([*rows, row], key=lambda row: order.index((row["shape"], row["least"])))
+        print(row, flush=True)
+        options.output.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        options.output.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")
 
 
 if __name__ == "__main__":
