@@ -5,8 +5,9 @@
 Every row is a quantized checkpoint scored against its original on unseen text: KL(original ‖ quantized) and ΔNLL in
 nats per token, top-1 agreement, true bits per expert weight, the ranks of the shared bases (rank × projections), CPU
 time and peak memory of what made it. kbvq's rows are made here, those of other tools by eval/peers/run.py in DIR;
-`--ablate fast` adds a row for each part that is left out of that recipe. Choices are made on the validation text; the
-test text is for the table alone. Rows that the JSON file has already are kept, so that an interrupted run goes on.
+`--ablate fast` adds a row for each part that is left out of that recipe (docs/results/ablation.md). Choices are made on
+the validation text; the test text is for the table alone. Rows that the JSON file has already are kept, so that an
+interrupted run goes on.
 """
 
 from __future__ import annotations
