@@ -177,14 +177,17 @@ _OWN: dict[str, dict[str, object]] = {
 """What single architectures need besides."""
 
 
-REFUSED_WITH_OLD_TRANSFORMERS = {
+REFUSED_WITH_OLD_TRANSFORMERS = {"aria_text": "does not use the fused experts interface"}
+"""Why 5.4 and 5.17 refuse architectures that later versions serve, as expressions that their messages match."""
+REFUSED_WITH_THE_OLDEST_TRANSFORMERS = {
     # up to 5.4 its router has the width of the experts, and they multiply with the wrong side of their matrices
     "dbrx": r"gives .*ffn\.router 32 inputs, its experts 64.*upgrade transformers",
     "qwen3_vl_moe": "would convert the packed .*experts.gate_up_proj when it loads it; upgrade transformers",
-    "aria_text": "does not use the fused experts interface",
 }
-"""Why 5.4 refuses architectures that later versions serve, as expressions that its message matches."""
-if not transformers.__version__.startswith("5.4."):
+"""The same of 5.4 alone."""
+if transformers.__version__.startswith("5.4."):
+    REFUSED_WITH_OLD_TRANSFORMERS |= REFUSED_WITH_THE_OLDEST_TRANSFORMERS
+elif not transformers.__version__.startswith("5.17."):
     REFUSED_WITH_OLD_TRANSFORMERS.clear()
 
 

@@ -92,6 +92,7 @@ def loaded(packed, tmp_path_factory):
     cases["qwen2_moe", "disk"] = {
         "folder": str(folders["qwen2_moe"]),
         "options": {
+            "dtype": "float32",  # products in bfloat16 may depend on where the weights lie, here in mapped files
             "device_map": parts | {"model.layers.0": "cpu", "model.layers.1": "disk"},
             "offload_folder": str(root / "offload"),
             "offload_buffers": True,
@@ -124,7 +125,7 @@ def test_device_map_auto_and_the_saved_dtype(packed, loaded, arch):
 
 
 def test_layers_offloaded_to_disk(packed, loaded):
-    assert_same(loaded["qwen2_moe", "disk"], packed[1]["qwen2_moe", "bfloat16"])
+    assert_same(loaded["qwen2_moe", "disk"], packed[1]["qwen2_moe", "float32"])
 
 
 def test_packed_buffers_keep_their_dtype_and_contents_whatever_the_dtype_of_the_model(packed):

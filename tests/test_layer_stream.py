@@ -311,7 +311,7 @@ def test_weight_that_is_not_finite_is_named(tmp_path, monkeypatch, dtype, value)
 
 
 def test_tensors_that_the_model_does_not_use_are_reported(tmp_path, caplog):
-    save_tiny_model(tmp_path, "olmoe")
+    save_tiny_model(tmp_path, "qwen3_moe")
     rewrite(
         tmp_path / "model.safetensors",
         lambda tensors: tensors.update({"model.layers.2.mlp.gate.weight": torch.full((2, 2), float("nan"))}),

@@ -66,12 +66,16 @@ def serve(arguments: Sequence[str]) -> None:
     """
     from transformers.cli.transformers import app
 
+    command = ["serve", *arguments]
     if arguments and not arguments[0].startswith("-"):
         if "@" in arguments[0]:
             raise ConfigError(f"{arguments[0]}: transformers serve takes what follows @ for a revision; rename it")
         _packed_folder(arguments[0])
+        parameters = app.commands["serve"].params
+        if all(parameter.param_type_name == "option" for parameter in parameters):  # as in transformers 5.4
+            command.insert(1, "--force-model")
     try:
-        app(["serve", *arguments], prog_name="kbvq")
+        app(command, prog_name="kbvq")
     except ImportError as error:
         raise ConfigError(f"{error}, or pip install 'kbvq[serve]'") from error
 
