@@ -64,7 +64,7 @@ def test_commands_and_snippet(workplace):
     for line in commands.strip().splitlines():
         command = shlex.split(line, comments=True)
         if command[0] == "make":  # the environment is there already: make must not build it a second time
-            command = ["make", "--old-file=.venv/.installed", *command[1:]]
+            command = ["make", "--no-print-directory", "--old-file=.venv/.installed", *command[1:]]
         outputs.append(run(command, workplace))
     demo, quantized, evaluated = outputs
     assert "bits per expert weight" in quantized

@@ -133,7 +133,8 @@ def test_the_sample_of_a_refit_is_even_and_the_same_whoever_codes_the_experts(bo
     codes = book.encode(targets, metric, mass)
     sums = []
     for own in shares:
-        refit = book.refit(own.start)
+        refit = book.refit()
+        refit.begin(own.start)
         for _ in range(4):  # as many vectors as the format has
             refit.add(codes[:, own], targets[own], metric[own], mass[own])
         sums.append(refit.sums)
