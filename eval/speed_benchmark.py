@@ -224,7 +224,8 @@ def measured(row: dict) -> str:
     banks = zip(row["experts"], MODELS[row["model"]][1], strict=True)
     experts = " + ".join(f"{few} of {bank.num_experts}" for few, bank in banks)
     narrower = "" if row["width_divisor"] == 1 else f", 1/{row['width_divisor']} of the widths"
-    return f"{experts} experts, {row['tokens']} tokens{narrower}"
+    plain = ", searches in torch" if row["plain"] else ""
+    return f"{experts} experts, {row['tokens']} tokens{narrower}{plain}"
 
 
 def table(results: list[dict]) -> list[str]:
@@ -313,13 +314,15 @@ def main() -> None:
                 "tokens": options.tokens,
                 "width_divisor": options.width_divisor,
                 "alone": options.coding_alone,
+                "plain": options.plain,
                 "load": os.getloadavg()[0],
                 "seconds": dict(totals),
                 "coding": 1e6 * coding / weights,
                 "products_share": products / totals["forward"],
                 "hours": layers * sum(totals.values()) / 3600,
             }
-            others = [old for old in kept["rows"] if (old["model"], old["recipe"]) != (model, name)]
+            same = ("model", "recipe", "plain")
+            others = [old for old in kept["rows"] if any(old[field] != row[field] for field in same)]
             kept["rows"] = sorted([*others, row], key=lambda row: list(MODELS).index(row["model"]))
             options.output.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             options.output.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")
