@@ -280,6 +280,46 @@ def test_replacement_that_is_interrupted_is_completed_by_the_next_run(tmp_path, 
     assert written(out) == "new" and os.listdir(tmp_path) == ["out"]
 
 
+def test_killed_at_any_deletion_after_its_end_a_run_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    """The output is whole then; the next run finishes the clean-up, or says that the output is there, as always."""
+
+    class Killed(BaseException):
+        pass
+
+    def deletes(original):
+        def delete(path, *arguments, **options):
+            if Path(path).parent == out.with_name(out.name + ".partial") or Path(path).suffix == ".partial":
+                count.append(path)
+                if len(count) == fatal:
+                    raise Killed
+            return original(path, *arguments, **options)
+
+        return delete
+
+    answers = []
+    for fatal in range(1, 10):
+        out, count = tmp_path / str(fatal) / "out", []
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", deletes(Path.unlink))
+            patch.setattr(Path, "rmdir", deletes(Path.rmdir))
+            patch.setattr(WorkFolder, "_let_go", lambda work: os.close(work._lock))  # as when a process is gone
+            try:
+                finished(out)
+                break
+            except Killed:
+                pass
+        try:
+            with WorkFolder(out) as work:
+                assert work.resume(FINGERPRINT, ())
+                work.move_to_output()
+            answers.append("finished")
+        except CheckpointError as error:
+            assert "is not empty; pass --overwrite" in str(error)
+            answers.append("refused")
+        assert written(out) == "new" and os.listdir(out.parent) == ["out"]
+    assert answers == ["finished", "finished", "refused", "refused"]  # metrics, state, marker, folder
+
+
 def test_fresh_puts_an_old_checkpoint_back_that_was_being_replaced(tmp_path):
     out = finished(tmp_path / "out", "old")
     interrupted(tmp_path / "other")

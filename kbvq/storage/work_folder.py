@@ -98,15 +98,10 @@ class WorkFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the folder. Without a finished step there is nothing in it to keep."""
         self.carry = None
         self._mapped.clear()
-        if self._ranks.is_first and self._lock is not None:
-            if self.path.exists() and not (self.path / STATE).exists():
-                self._restore_replaced()
-                shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
+        if self._ranks.is_first:
+            self._let_go()
 
     def resume(self, fingerprint: Mapping[str, Any], classes: Iterable[type], *, fresh: bool = False) -> bool:
         """Take up the state of an interrupted run of the same fingerprint, or start with none. Returns whether there
@@ -196,7 +191,6 @@ class WorkFolder:
         self._ranks.first(self._move_to_output)
 
     def _claim(self) -> None:
-        self._check_output()
         marker = self.path / MARKER
         if self.path.exists() and not marker.is_file() and any(self.path.iterdir()):
             raise CheckpointError(f"{self.path} is in the way and was not made by kbvq; move or delete it")
@@ -219,6 +213,21 @@ class WorkFolder:
             raise CheckpointError(f"another run has just finished {self.output}; look there before starting again")
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        try:
+            self._check_output()
+        except CheckpointError:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        """Without a finished step there is nothing in the folder to keep."""
+        if self._lock is None:
+            return
+        if self.path.exists() and not (self.path / STATE).exists():
+            self._restore_replaced()
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = None
 
     def _check_output(self) -> None:
         if not self.output.exists():
@@ -351,7 +360,9 @@ class WorkFolder:
                     self._restore_replaced()
                     raise
                 sync_folder(self.output.parent)
-            for path in sorted(self.path.iterdir(), key=lambda path: path.name in (STATE, MARKER)):  # these two last
+            # Last what tells the next run that this one was at its end, and then that the folder is ours.
+            last = {STATE: 1, MARKER: 2}
+            for path in sorted(self.path.iterdir(), key=lambda path: last.get(path.name, 0)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.path.rmdir()
         except OSError as error:
