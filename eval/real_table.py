@@ -109,13 +109,16 @@ def quantize(model: Path, row: Row, seed: int, samples: int, output: Path) -> No
     )
 
 
-def measure(model: Path, row: Row, seed: int, samples: int, baseline: BaselineCache) -> dict[str, object]:
+def measure(
+    model: Path, row: Row, seed: int, samples: int, baseline: BaselineCache, kept: Path | None
+) -> dict[str, object]:
     """Quantize in a process of its own, whose time and memory are those of the recipe alone; load; score.
 
-    ranks: of the bases that the experts share, how many projections have which.
+    kept: where the checkpoint stays, if it is to. ranks: of the bases that the experts share, how many projections have
+    which.
     """
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "packed"
+        output = kept or Path(folder) / "packed"
         job = dataclasses.asdict(row) | {"model": str(model), "seed": seed, "samples": samples, "output": str(output)}
         process = subprocess.Popen([sys.executable, __file__, "--quantize", json.dumps(job)])
         _, status, usage = os.wait4(process.pid, 0)
@@ -199,6 +202,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="tools to measure: labels of kbvq's rows, names of peers")
     parser.add_argument("--text", choices=("validation", "test"), default="validation")
     parser.add_argument("--windows", type=int, default=48, help="of 256 tokens, that are scored")
+    parser.add_argument("--keep", type=Path, help="folder in which kbvq's checkpoints stay (for eval/task_table.py)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "real.json")
     parser.add_argument("--quantize", help=argparse.SUPPRESS)  # see measure
     options = parser.parse_args()
@@ -239,7 +243,8 @@ def measure_model(name: str, options: argparse.Namespace, results: dict, version
                         original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
                         baseline = BaselineCache.of_model(original, windows)
                         del original
-                    row = measure(model, own[tool], seed, options.samples, baseline)
+                    kept = options.keep and options.keep / f"{name}-{tool.replace(' ', '-')}-{group}-{seed}"
+                    row = measure(model, own[tool], seed, options.samples, baseline, kept)
                 else:
                     row = measure_peer(model, tool, group, seed, options)
                 row |= key | {"predicted_tokens": windows.numel() - len(windows), "versions": versions}

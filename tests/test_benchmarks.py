@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import dense_table
 import generation_speed
 import pytest
 import real_table
+import task_table
 import torch
 import weight_codes
 from tiny_models import save_tiny_model, tiny_tokenizer
@@ -55,6 +57,29 @@ def test_real_table_measures_what_is_missing_and_keeps_what_there_is(tmp_path, t
     assert rows["kbvq fast"]["kl"] == 1.0 and rows["kbvq default"]["predicted_tokens"] == 4 * 255
     assert rows["rtn"]["bits_per_weight"] == 2 + 18 / 64 and rows["rtn"]["kl"] > 0
     assert "| kbvq fast | 2 | 2.000 | 1.0000 |" in output.with_suffix(".md").read_text()
+
+
+def test_task_table_takes_any_checkpoint_and_pairs_it_with_the_original(tmp_path, monkeypatch):
+    """The original beside itself differs by nothing, another network does; bits are what made it says."""
+    other = tmp_path / "autoround-2-0"
+    shutil.copytree(task_table.MODEL, other / "dense")
+    model = AutoModelForCausalLM.from_pretrained(task_table.MODEL, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.neg_()
+    model.save_pretrained(other / "dense")
+    (other / "row.json").write_text(json.dumps({"minimal_bits": 2.28125}))
+    arguments = ["--checkpoint", f"itself={task_table.MODEL}", f"other={other / 'dense'}", "--limit", "12"]
+    arguments += ["--output", str(tmp_path / "tasks.json")]
+    monkeypatch.setattr(sys, "argv", ["task_table.py", *arguments])
+    task_table.main()
+    itself, negated = json.loads((tmp_path / "tasks.json").read_text())
+    assert itself["bits_per_weight"] is None and negated["bits_per_weight"] == 2.28125
+    assert set(itself["tasks"]) == set(task_table.TASKS)
+    differences = [metric["difference"] for metrics in itself["tasks"].values() for metric in metrics.values()]
+    assert all(difference == {"value": 0.0, "stderr": 0.0} for difference in differences)
+    assert negated["tasks"]["fixture_lastword"]["acc"]["difference"]["value"] < 0
+    table = (tmp_path / "tasks.md").read_text()
+    assert "| other | 2.281 |" in table and "the first 12 items" in table
 
 
 @pytest.mark.parametrize("group", [2, 3])

@@ -169,7 +169,7 @@ class Measurement:
         for task, ours in tasks[self.model].items():
             theirs = None if self.baseline is None else tasks[self.baseline][task]
             compared |= {
-                name: _compare(result, None if theirs is None else theirs[name]) | {"part_of": task}
+                name: compare_results(result, None if theirs is None else theirs[name]) | {"part_of": task}
                 for name, result in ours.items()
             }
         asked = {name: entry for name, entry in compared.items() if name in tasks[self.model]}
@@ -290,7 +290,7 @@ class Measurement:
         return measure_generation(loaded.model(), loaded.tokenizer, tokens)
 
 
-def _compare(model: TaskResult, baseline: TaskResult | None) -> dict[str, Any]:
+def compare_results(model: TaskResult, baseline: TaskResult | None) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name, metric in model.metrics.items():
         metrics[name] = {"model": {"value": metric.value, "stderr": metric.stderr}}
