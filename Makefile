@@ -2,7 +2,7 @@
 # make real   the same with a real language model: SmolLM2-135M as a mixture of experts
 # make compare   kbvq beside other tools on both models, measured and drawn: hours (WORK, and see eval/reproduce_comparison.sh)
 # make test   the whole test suite
-# make test-transformers   what touches transformers with its oldest and newest supported versions, and one between
+# make test-transformers   what touches transformers with its oldest and newest supported versions, and one between (or VERSIONS)
 # make lint   ruff and mypy
 # make report-check   the demo's report in headless Chromium, which must be installed (Debian: apt-get install chromium)
 # Each needs only Python >= 3.10: the first run creates $(VENV) with the pinned versions of constraints.txt.
@@ -42,7 +42,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 test-transformers: $(VENV)/.installed
-	$(BIN)/python tests/transformers_versions.py
+	$(BIN)/python tests/transformers_versions.py $(VERSIONS)
 
 # mypy takes modules on PYTHONPATH for installed ones, in which it reports nothing.
 lint: $(VENV)/.installed

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import lm_eval
 import pytest
@@ -17,6 +21,7 @@ from kbvq.errors import CheckpointError, ConfigError
 from kbvq_eval import baseline
 from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import score_windows
+from kbvq_eval.lm_eval_plugin import register
 from kbvq_eval.tasks import run_tasks
 
 WINDOW = 16
@@ -111,6 +116,37 @@ def test_registered_model_of_lm_eval_agrees_with_a_direct_run(trained_model, dat
         expected = direct["results"]["fixture_lastword"][f"{name},none"]
         assert by_name["results"]["fixture_lastword"][f"{name},none"] == expected
         assert ours.metrics[name].value == expected
+
+
+def test_lm_eval_by_itself_knows_the_model(trained_model, data, tmp_path):
+    """`lm_eval --model kbvq`, the command of lm-eval, in a process that nothing of ours has started."""
+    command = [Path(sys.executable).with_name("lm_eval"), "--model", "kbvq", "--limit", "4", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={trained_model},dtype=float32", "--output_path", tmp_path / "results"]
+    command += ["--tasks", "fixture_lastword", "--include_path", data / "tasks"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run(list(map(str, command)), cwd=data / "tasks", env=environment, check=True, capture_output=True)
+    (results,) = (tmp_path / "results").rglob("results*.json")
+    found = json.loads(results.read_text())
+    assert found["config"]["model"] == "kbvq"
+    ours = run_tasks(
+        AutoModelForCausalLM.from_pretrained(trained_model, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(trained_model),
+        ["fixture_lastword"],
+        include_path=data / "tasks",
+        limit=4,
+    )["fixture_lastword"]
+    assert found["results"]["fixture_lastword"]["acc,none"] == ours.metrics["acc"].value
+
+
+def test_torch_without_lm_eval_loads_nothing_of_ours():
+    code = "import sys, torch; print([name for name in sys.modules if name in ('kbvq', 'lm_eval', 'transformers')])"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout == "[]\n"
+
+
+def test_an_lm_eval_without_that_registry_does_not_stop_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    register()
 
 
 def test_the_command_hands_its_arguments_to_lm_eval(monkeypatch):

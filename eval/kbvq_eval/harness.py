@@ -1,9 +1,9 @@
 """The lm-eval model `kbvq`: packed checkpoints in lm-eval's own command line.
 
+    lm_eval --model kbvq --model_args pretrained=DIR --tasks arc_easy
     kbvq lm-eval --model kbvq --model_args pretrained=DIR --tasks arc_easy
 
-is `lm_eval` with this model registered (lm-eval finds no plugins by itself). In Python, importing this module is
-enough.
+The first finds it by lm_eval_plugin.py. In Python, importing this module is enough.
 """
 
 from __future__ import annotations
