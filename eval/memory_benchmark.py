@@ -38,8 +38,10 @@ SHAPES = {
     "width": [(2, hidden, hidden // 4, 4) for hidden in (1024, 2048)],
     "experts": [(2, 512, 128, experts) for experts in (16, 64)],
     "least": [(2, 512, 128, 64)],
+    "tuning": [(layers, 256, 128, 16) for layers in (4, 16)],
 }
-"""By what grows: layers, hidden size, intermediate size, experts; least: with no more memory than it can do with."""
+"""By what grows: layers, hidden size, intermediate size, experts; least: with no more memory than it can do with;
+tuning: with the recipe best, which tunes the whole model at the end."""
 
 # VmHWM belongs to the process image; ru_maxrss would start from the memory of the process that forked this one.
 _PROBE = """
@@ -112,19 +114,26 @@ def measure(folder: Path, shape: Sequence[int], recipe: str, *, least: bool = Fa
     return size, plan, *peaks
 
 
+def key(name: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...], bool]:
+    """Recipe, shape and whether the memory is the least, of a row of SHAPES[name]."""
+    return "best" if name == "tuning" else "default", tuple(shape), name == "least"
+
+
 def markdown(kept: dict) -> str:
     """The page from what is kept in JSON."""
-    columns = "layers|hidden|intermediate|experts|model on disk|planned|most of it|peak|of it in no file|in files"
+    columns = (
+        "recipe|layers|hidden|intermediate|experts|model on disk|planned|most of it|peak|of it in no file|in files"
+    )
     lines = ["| " + columns.replace("|", " | ") + " |", "|---" * (columns.count("|") + 1) + "|"]
     peak, own = (f"{kept['imports'][name] / MEGABYTE:.0f}" for name in ("peak", "own"))
-    lines.append(f"| none: imports alone | | | | | | | {peak} | {own} | |")
+    lines.append(f"| none: imports alone | | | | | | | | {peak} | {own} | |")
     for row in kept["rows"]:
         numbers = {name: f"{row[name] / MEGABYTE:.0f}" for name in ("size", "planned", "peak", "own", "on_disk")}
-        cells = [*map(str, row["shape"]), numbers["size"], numbers["planned"], row["largest"]]
+        cells = [row["recipe"], *map(str, row["shape"]), numbers["size"], numbers["planned"], row["largest"]]
         cells += [numbers["peak"], numbers["own"], f"{numbers['on_disk']} of statistics" if row["least"] else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + (
-        "\n\nMiB. Made by `python eval/memory_benchmark.py`: recipe default, bfloat16 on disk, float32 in memory, "
+        "\n\nMiB. Made by `python eval/memory_benchmark.py`: bfloat16 on disk, float32 in memory, "
         f"{SAMPLES} windows of 256\ntokens, one thread. planned: by the dry run, which counts a program of 560. peak: "
         "resident, with the pages of files (activations,\nshards), which the system takes back when it needs them. The "
         "row with statistics in files had no more memory than the run\ncan do with (`--max-memory`).\n"
@@ -138,15 +147,17 @@ def main() -> None:
     options = parser.parse_args()
     kept = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
     kept["imports"] = dict(zip(("peak", "own"), peak_memory(), strict=True))
-    order = [(list(shape), name == "least") for name, shapes in SHAPES.items() for shape in shapes]
-    for shape, least in [(list(shape), name == "least") for name in options.grow for shape in SHAPES[name]]:
+    order = [key(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
+    for grown, shape in [(name, shape) for name in options.grow for shape in SHAPES[name]]:
+        facts = dict(zip(("recipe", "shape", "least"), key(grown, shape), strict=True))
         with tempfile.TemporaryDirectory() as folder:
-            size, plan, peak, own = measure(Path(folder), shape, "default", least=least)
+            size, plan, peak, own = measure(Path(folder), shape, facts["recipe"], least=facts["least"])
         parts = {name: part for name, part in plan.memory.parts.items() if name != "program"}
-        row = {"shape": shape, "least": least, "size": size, "planned": plan.memory.total, "peak": peak, "own": own}
+        row = facts | {"size": size, "planned": plan.memory.total, "peak": peak, "own": own}
         row |= {"largest": max(parts, key=parts.__getitem__), "on_disk": plan.disk.parts["statistics"]}
-        rows = [old for old in kept["rows"] if (old["shape"], old["least"]) != (shape, least)]
-        kept["rows"] = sorted([*rows, row], key=lambda row: order.index((row["shape"], row["least"])))
+        rows = {(old["recipe"], tuple(old["shape"]), old["least"]): old for old in kept["rows"]}
+        rows[key(grown, shape)] = row
+        kept["rows"] = [rows[known] for known in order if known in rows]
         print(row, flush=True)
         options.output.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         options.output.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")

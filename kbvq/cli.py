@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -262,6 +263,9 @@ def _serve(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from kbvq_eval.run import evaluate  # above this package: only this command needs it
 
+    # oneDNN keeps compiled code for every number of tokens that an expert has had, 1024 of them unless told otherwise:
+    # hundreds of MB, in bfloat16. It reads this at its first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     evaluate(
         options.model,
         baseline=options.baseline,

@@ -12,8 +12,9 @@ as errors are
 Where the host waits for the device (item, tolist, bool, nonzero, a mask as index, a copy to the CPU), the place is
 counted. Not seen is what torch does below its Python interface: inside a composite function of torch itself, in
 autograd's backward pass (of end-to-end tuning the forward passes, those that are repeated for the backward one, the
-gradients as they are handed out and the optimizer's steps are seen), and whether a CUDA kernel exists for an operation
-and a dtype. Mixed precision is that of the CPU, whose list of operations is another one.
+gradients of banks as they are handed out and the steps of their optimizer are seen; those steps that dense parameters
+take in the backward pass are not), and whether a CUDA kernel exists for an operation and a dtype. Mixed precision is
+that of the CPU, whose list of operations is another one.
 """
 
 from __future__ import annotations

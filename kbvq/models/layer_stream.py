@@ -302,6 +302,26 @@ class LayerStream:
         return_freed_memory()
         return self.model
 
+    def last_outputs(self, token_ids: Tensor) -> Tensor:
+        """The last decoder layer's output for these windows, [B, S] -> [B, S, H] on `device`, differentiable.
+
+        Inside `whole` only.
+        """
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, arguments: tuple[object, ...], output: Tensor) -> None:
+            outputs.append(output)
+            raise _LayersPassed
+
+        hook = self.layers[-1].register_forward_hook(keep)
+        try:
+            self.model(input_ids=token_ids.to(self.device), use_cache=False)
+        except _LayersPassed:
+            pass
+        finally:
+            hook.remove()
+        return outputs[0]
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """What the model makes of the last decoder layer's output: [B, S, H] -> [B, S, vocabulary] on `device`,
         differentiable.

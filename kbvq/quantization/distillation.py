@@ -34,6 +34,11 @@ from kbvq.quantization.block_tuning import (
 from kbvq.recipes import Recipe
 from kbvq.structures import PackedBank
 
+TOKENS_OF_LOGITS = 256
+"""Positions of a step whose logits exist at the same time."""
+
+_BETAS = (0.9, 0.95)
+
 
 def distill(
     stream: LayerStream,
@@ -44,18 +49,21 @@ def distill(
     recipe: Recipe,
     *,
     seed: int,
+    new_tensor: Callable[..., Tensor] = torch.zeros,
     then: Callable[[PreTrainedModel, AbstractContextManager], None] | None = None,
 ) -> tuple[list[PackedBank], dict[str, Tensor]]:
     """The banks with their tuned values, and the dense parameters that differ from the stored ones, on the CPU.
 
-    The whole model is in memory: its banks packed, or with an integer for each codeword; its dense part in the stream's
-    dtype, and of the dense parameters that are trained, in float32, four copies (value, gradient, Adam's two moments).
-    The decoded weights of a layer exist while it runs, in the forward and again in the backward pass.
+    In memory are the banks packed (of a trellis on the CPU in the pages of their files), or with an integer for each
+    codeword; the dense part in the stream's dtype, what is trained of it in float32; and Adam's two moments of that. A
+    gradient exists until its parameter has taken its step, in the backward pass; the decoded weights of a layer while
+    it runs, in the forward and again in the backward pass; the logits of TOKENS_OF_LOGITS positions.
 
     dense: parameters outside the banks as changed so far, by their names in the model. token_ids: [windows, tokens].
     teacher: the last layer's outputs in the original model, [windows, tokens, hidden_size]. The recipe's
     distillation_rate and dense_rate are relative to the root mean square of each parameter. seed: of the windows'
-    order. then: called with the tuned model and the precision that its forward passes run in.
+    order. new_tensor: makes a float32 tensor of zeros from its sizes and `device`, for Adam's moments of matrices.
+    then: called with the tuned model and the precision that its forward passes run in.
     Raises NumericalError when the loss is not finite.
     """
     device, steps = stream.device, recipe.distillation_steps
@@ -70,30 +78,70 @@ def distill(
             parameter.requires_grad_(True)
         of_banks = [parameter for module in modules.values() for parameter in module.parameters()]
         groups = [parameter_group(parameter, recipe.distillation_rate) for parameter in of_banks]
-        groups += [parameter_group(parameter, recipe.dense_rate) for parameter in trained.values()]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        schedule = cosine_schedule(optimizer, steps)
+        optimizers = [torch.optim.Adam(groups, betas=_BETAS)]
+        for parameter in trained.values():
+            group = parameter_group(parameter, recipe.dense_rate)
+            optimizers.append(_stepping_in_the_backward_pass(parameter, group, new_tensor))
+        schedules = [cosine_schedule(optimizer, steps) for optimizer in optimizers]
         mixed = torch.autocast(device.type, dtype=stream.dtype, enabled=stream.dtype != torch.float32)
         drawn = shuffled_windows(token_ids.shape[1], len(token_ids), steps, seed)
         for chosen in tqdm(drawn, total=steps, desc="distilling", unit="step", disable=None):
-            with torch.no_grad():
-                wanted = stream.logits(teacher[chosen].to(device)).float().log_softmax(-1)
-            with torch.enable_grad():
-                with mixed:
-                    found = model(input_ids=token_ids[chosen].to(device), use_cache=False).logits
-                found = found.float().log_softmax(-1)
-                loss = F.kl_div(found, wanted, reduction="sum", log_target=True) / wanted[..., 0].numel()
-                optimizer.zero_grad()
-                loss.backward()
+            optimizers[0].zero_grad()
+            with torch.enable_grad(), mixed:
+                outputs = stream.last_outputs(token_ids[chosen])
+            loss, gradient = _divergence(stream, outputs.detach(), teacher[chosen].to(device), mixed)
             if not torch.isfinite(loss):
                 raise NumericalError("the divergence became infinite in end-to-end tuning; use the recipe default")
-            optimizer.step()
-            schedule.step()
+            outputs.backward(gradient)
+            optimizers[0].step()
+            for schedule in schedules:
+                schedule.step()
         tuned = {name: parameter.detach().cpu() for name, parameter in trained.items()}
         if then is not None:
             with torch.no_grad():
                 then(model, mixed)
         return [module.pack().to("cpu") for module in modules.values()], {**dense, **tuned}
+
+
+def _divergence(
+    stream: LayerStream, outputs: Tensor, teacher: Tensor, mixed: AbstractContextManager
+) -> tuple[Tensor, Tensor]:
+    """Mean KL(original ‖ quantized) of the next-token probabilities over [windows, tokens], and its gradient for the
+    last layer's outputs; both [windows, tokens, hidden_size] on the stream's device. A part of the tokens at a time:
+    of all, the logits would take more memory than the layers where the vocabulary is large."""
+    loss = torch.zeros((), device=outputs.device)
+    gradient = torch.empty_like(outputs)
+    length = max(1, TOKENS_OF_LOGITS // len(outputs))
+    for begin in range(0, outputs.shape[1], length):
+        part = slice(begin, begin + length)
+        wanted = stream.logits(teacher[:, part]).float().log_softmax(-1)
+        with torch.enable_grad():
+            own = outputs[:, part].clone().requires_grad_(True)
+            with mixed:
+                found = stream.logits(own)
+            found = found.float().log_softmax(-1)
+            of_part = F.kl_div(found, wanted, reduction="sum", log_target=True) / outputs[..., 0].numel()
+            of_part.backward()
+        loss += of_part.detach()
+        gradient[:, part] = own.grad
+    return loss, gradient
+
+
+def _stepping_in_the_backward_pass(
+    parameter: nn.Parameter, group: dict[str, object], new_tensor: Callable[..., Tensor]
+) -> torch.optim.Adam:
+    """An Adam for one parameter that takes its step as soon as the gradient is there, and drops it."""
+    optimizer = torch.optim.Adam([group], betas=_BETAS)
+    if parameter.dim() > 1:
+        moments = {name: new_tensor(*parameter.shape, device=parameter.device) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+    def step(_: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    parameter.register_post_accumulate_grad_hook(step)
+    return optimizer
 
 
 def tuning_windows(recipe: Recipe, samples: int, sequence_length: int) -> int:

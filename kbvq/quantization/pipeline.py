@@ -418,6 +418,7 @@ class Run:
             teacher,
             self.recipe,
             seed=self.options.seed,
+            new_tensor=self.work.scratch if self.stream.device.type == "cpu" else torch.zeros,
             then=pack if inside else None,
         )
         owner = {bank.path: bank.decoder_layer for bank in self.stream.banks} | self.parts.decoder_layers

@@ -26,7 +26,8 @@ from kbvq.method.vector_quantization import CODED_AT_ONCE
 from kbvq.models.dense_parts import NOTHING, DenseParts
 from kbvq.models.layer_stream import LayerStream
 from kbvq.models.moe_adapters import ExpertBank
-from kbvq.quantization.distillation import trainable_dense, tuning_windows
+from kbvq.quantization.block_tuning import TOKENS_PER_STEP
+from kbvq.quantization.distillation import TOKENS_OF_LOGITS, trainable_dense, tuning_windows
 from kbvq.quantization.progress import format_seconds
 from kbvq.recipes import CODES, MAX_BITS, Recipe
 from kbvq.storage.checkpoint import check_disk_space
@@ -47,6 +48,9 @@ Clock = Callable[[], float]
 _PROGRAM = 560 << 20  # what Python, torch and transformers take (eval/memory_benchmark.py, with threads and buffers)
 _SPILLED = ("statistics", "factors")  # what of the experts goes to the disk where it is too much for the memory
 _CODED_WIDTH = 256  # of the projection on which the time of coding is measured
+# At that width next to nothing, at 2048 most of what fast takes: operations of an expert's factorisations by its inputs
+# cubed, and of its error feedback and corrections by inputs squared times outputs (eval/speed_benchmark.py).
+_FACTORS, _CORRECTIONS = 10, 8
 _READ_RATE = 1e9  # bytes per second of a disk, assumed
 _READS = 4  # times that the stored weights are read: hash, check, measure, quantize
 
@@ -205,6 +209,7 @@ def make_plan(
                 "disturbed activations": 2 * disturbed_bytes(stream, samples, sequence_length) if recipe.budget else 0,
                 "activations for tuning": 2 * tuning,
                 "banks until they are tuned": packed if recipe.distillation_steps else 0,
+                "moments of Adam": 8 * sum(_trained(stream, recipe)) if on_cpu else 0,
                 "statistics": on_disk,
             }
         ),
@@ -246,7 +251,7 @@ def _moments_of_run(
         size = stream.dtype.itemsize
         moments.append({"embedding and head": 3 * size * weights, "matrices": _dense_bytes(ends)})
     if recipe.distillation_steps:
-        tuned = _tuning_bytes(stream, recipe)
+        tuned = _tuning_bytes(stream, recipe, sequence_length)
         if inside := parts.inside:
             tuned["matrices"] = _dense_bytes(inside)
         moments.append(tuned)
@@ -412,21 +417,37 @@ def _dense_bytes(matrices: Sequence[MatrixFormat]) -> int:
     return statistics + 24 * widest**2 + 4 * 10 * min(largest, WEIGHTS_AT_A_TIME) + largest
 
 
-def _tuning_bytes(stream: LayerStream, recipe: Recipe) -> dict[str, float]:
-    """End-to-end tuning has the whole model in memory."""
+def _tuning_bytes(stream: LayerStream, recipe: Recipe, sequence_length: int) -> dict[str, float]:
+    """End-to-end tuning has the dense part of the model in memory, and what its docstring says. On a CPU Adam's moments
+    and the packed codes of a trellis are mapped from the disk and not counted."""
     num_weights = sum(_num_weights(bank) for bank in stream.banks)
     others = sum(p.numel() for p in stream.model.parameters()) - num_weights
     largest = max(_num_weights(bank) for bank in stream.banks)
-    trained = trainable_dense(stream.model, stream.layers_path, [bank.path for bank in stream.banks])
-    # A trellis keeps its packed codes, a table an index of 4 bytes for every vector.
-    each = MAX_BITS / 8 if recipe.codebook == "trellis" else 1.0
+    trained = _trained(stream, recipe)
+    tokens = max(TOKENS_PER_STEP, sequence_length)
+    on_disk = stream.device.type == "cpu"
+    # A table has an index of 4 bytes for every vector.
+    codes = num_weights * 1.0
+    if recipe.codebook == "trellis":
+        codes = 0.0 if on_disk else num_weights * (recipe.bits if recipe.budget else MAX_BITS) / 8
     return {
-        "dense weights": others * stream.dtype.itemsize,
-        # The trained ones in float32, with their gradients and both moments of Adam.
-        "tuning": 16 * sum(parameter.numel() for parameter in trained.values()) * bool(recipe.dense_rate),
-        "codes of all banks": each * num_weights,
+        "dense weights": (others - sum(trained)) * stream.dtype.itemsize,
+        "tuned weights": 4 * sum(trained) + 4 * max(trained, default=0),
+        "moments of Adam": 0 if on_disk else 8 * sum(trained),
+        "codes of all banks": codes,
         "decoded layer and its gradients": 12 * largest,
+        "activations between layers": 4 * tokens * stream.stream_width * (stream.num_layers + 4),
+        # Of both models, their logarithms and what their gradients take.
+        "logits": 4 * 6 * TOKENS_OF_LOGITS * stream.text_config.vocab_size,
     }
+
+
+def _trained(stream: LayerStream, recipe: Recipe) -> list[int]:
+    """Elements of each dense parameter that end-to-end tuning trains."""
+    if not recipe.distillation_steps or not recipe.dense_rate:
+        return []
+    found = trainable_dense(stream.model, stream.layers_path, [bank.path for bank in stream.banks])
+    return [parameter.numel() for parameter in found.values()]
 
 
 @dataclass(frozen=True)
@@ -509,8 +530,12 @@ def _seconds(
     reading = stream.source_bytes / _READ_RATE
     if recipe.budget:
         seconds["measuring layer"] = tokens * ((1 + more_passes) * forward + moments) / speed.flops + reading
+    wide = 0.0
+    if recipe.error_feedback:
+        shapes = [bank.projection_shape(projection) for bank in stream.banks for projection in PROJECTIONS]
+        wide = sum(experts * n**2 * (_FACTORS * n + _CORRECTIONS * outputs) for experts, outputs, n in shapes)
     seconds["quantizing layer"] = (
-        tokens * (passes * forward + watched * moments) / speed.flops
+        (tokens * (passes * forward + watched * moments) + wide) / speed.flops
         + speed.per_weight * sum(_num_weights(bank) for bank in stream.banks)
         + speed.per_weight * sum(format.weight.num_weights for format in parts.formats)  # about as fast
         + reading
