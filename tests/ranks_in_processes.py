@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a process that was forked has no threads to share work with
@@ -28,8 +29,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(folder: Path, name: str, count: int, lost_at: int | None = None, *, matching: bool = False) -> list[int]:
-    """Quantize on `count` ranks; exit status of each. lost_at: the layer at which SIGKILL ends the last rank."""
+def run(
+    folder: Path,
+    name: str,
+    count: int,
+    lost_at: int | None = None,
+    *,
+    model: str = "model",
+    bits: float = 3.5,
+    **changes: object,
+) -> list[int]:
+    """Quantize on `count` ranks; exit status of each. lost_at: the layer at which SIGKILL ends the last rank. changes:
+    of the recipe fast without matching."""
     port, children = str(free_port()), []
     for rank in range(count):
         child = os.fork()
@@ -40,12 +51,14 @@ def run(folder: Path, name: str, count: int, lost_at: int | None = None, *, matc
                 os.environ |= place
                 if lost_at is not None and rank == count - 1:
                     lose_at(lost_at)
-                recipe = make_recipe("fast", 3.5, kmeans_iterations=2, matching=matching)
-                quantize(folder / "model", folder / name, folder / "text.txt", recipe)
+                recipe = make_recipe("fast", bits, **{"kmeans_iterations": 2, "matching": False} | changes)
+                quantize(folder / model, folder / name, folder / "text.txt", recipe)
                 status = 0
             except KbvqError as error:
                 print(f"rank {rank}: {error}", file=sys.stderr)
                 status = 2
+            except BaseException:  # os._exit prints nothing of it
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(status)
@@ -71,6 +84,8 @@ def main() -> None:
     pipeline.TOKENS_PER_BATCH = 128  # six batches, which the ranks share
     ended = {f"on-{count}": run(folder, f"on-{count}", count) for count in map(int, sys.argv[2:])}
     ended |= {f"matched-{count}": run(folder, f"matched-{count}", count, matching=True) for count in (1, 2)}
+    save_tiny_model(folder / "tied", "qwen3_moe_tied")
+    ended |= {f"tied-{n}": run(folder, f"tied-{n}", n, model="tied", bits=4, dense_bits=4) for n in (1, 2)}
     ended["lost"] = run(folder, "lost", 2, lost_at=1)
     kept = (folder / "lost.partial" / "state.json").exists()
     ended["resumed"] = run(folder, "lost", 4)

@@ -57,6 +57,17 @@ def test_weights_made_from_the_inverse_of_the_sums_differ_as_with_other_batches(
     assert two == pytest.approx(one, rel=0.02)
 
 
+def test_an_embedding_that_is_the_head_too_is_coded_for_what_the_head_gets_on_all_ranks(runs):
+    """Its statistics are sums over all windows, which the ranks share; without them it would be coded as an embedding,
+    with another error."""
+    folder, ended, _ = runs
+    assert ended["tied-1"] == [0] and ended["tied-2"] == [0, 0]
+    one, two = ({row["path"]: row for row in record(folder / f"tied-{n}")["dense"]["matrices"]} for n in (1, 2))
+    assert one.keys() == two.keys() and "model.embed_tokens" in one
+    for path, row in one.items():
+        assert two[path]["relative_error"] == pytest.approx(row["relative_error"], rel=1e-3), path
+
+
 def test_lost_rank_ends_the_run_cleanly_and_another_number_of_ranks_finishes_it(runs):
     folder, ended, said = runs
     assert ended["lost"] == [2, -9] and ended["kept"]
