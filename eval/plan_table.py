@@ -214,8 +214,8 @@ def main() -> None:
         "budget, 128 windows of\n2048 tokens, float32 on a CPU. at least: memory with the statistics of the experts on "
         "the disk (`--max-memory`).\ntime: an estimate for one thread of the machine that made the table "
         f"({machine}), from its products of\nmatrices ({speed.flops / 1e9:.0f} GFLOP/s) and its coding of a small "
-        "projection of 256 inputs, in CPU seconds, which other work changes\nlittle; at real widths a weight takes "
-        ".3 to .4 µs with fast and .7 with default (speed.md). planned in: seconds of the clock.\nConfigs of the "
+        "projection of 256 inputs\n(coding, µs a weight), in CPU seconds, and from what factors and corrections take "
+        "that grow with the width. planned in: seconds of the clock.\nConfigs of the "
         "published models, shards of headers alone, in bfloat16.\n"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
