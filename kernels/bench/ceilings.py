@@ -110,15 +110,27 @@ PATHS = (
 batch of 16 on Qwen3-30B-A3B, the others are long rows."""
 
 
-def down_projection(code: CodeFormat, shape: ExpertShape, path: str, tokens: int) -> aot.Launch:
-    """The launch of the down projection in a call with so many tokens."""
+def projection(code: CodeFormat, shape: ExpertShape, path: str, tokens: int, gated: bool = False) -> aot.Launch:
+    """The launch of the down projection, or of gate and up, in a call with so many tokens."""
     projections = meta_bank(shape, code)
     x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
     index = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
     weights = torch.empty(tokens, shape.top_k, device="meta")
     with aot.record(90) as recorded:
         launch.moe_forward(x, index, weights, *projections, "silu", path)
-    return next(r for r in recorded if "words_ptr" in r.arguments and not r.arguments["GATED"])
+    return next(r for r in recorded if "words_ptr" in r.arguments and r.arguments["GATED"] == gated)
+
+
+def speedups(bits: float, l1: float, instructions: float) -> dict[str, float]:
+    """Over bfloat16, by resource: bits of HBM, cycles of L1 and instructions of a warp for each weight."""
+    cycles = SM_COUNT * CLOCK_HZ / BF16_WEIGHTS_PER_S
+    return {"HBM": 16 / bits, "L1": cycles / l1, "issue": 4 * cycles / instructions}
+
+
+def least(speed: dict[str, float]) -> str:
+    """The ceiling and what sets it, for a table."""
+    name = min(speed, key=speed.get)
+    return f"{speed[name]:.2f}x ({name})"
 
 
 def main() -> None:
@@ -128,17 +140,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for code in FORMATS:
         for label, shape, path, batch, tokens in PATHS:
-            entry = down_projection(code, shape, path, batch)
+            entry = projection(code, shape, path, batch)
             weights = aot.weights_per_pass(entry)
             compiled = aot.inspect(aot.compile_launch(entry, 90))
             per_weight = sum(compiled.loop.values()) / weights
-            hbm = 16 / code.bits
-            table = SM_COUNT * CLOCK_HZ / l1_cycles(code, tokens, entry, compiled, weights) / BF16_WEIGHTS_PER_S
-            issue = SM_COUNT * 4 * CLOCK_HZ / per_weight / BF16_WEIGHTS_PER_S
-            limit = min(("HBM", hbm), ("L1", table), ("issue", issue), key=lambda pair: pair[1])
+            speed = speedups(code.bits, l1_cycles(code, tokens, entry, compiled, weights), per_weight)
             print(
                 f"| {code.name} | {label} | {compiled.registers} | {compiled.spilled} | {code.lookups:.3f} "
-                f"| {32 * per_weight:.2f} | {hbm:.1f}x | {table:.2f}x | {issue:.2f}x | {limit[1]:.2f}x ({limit[0]}) |",
+                f"| {32 * per_weight:.2f} | {speed['HBM']:.1f}x | {speed['L1']:.2f}x | {speed['issue']:.2f}x"
+                f" | {least(speed)} |",
                 flush=True,
             )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ptx_emulator.launches import Emulator
+from ptx_emulator.launches import Emulator, program_of
 
 from kbvq_kernels import aot
 
@@ -269,4 +269,62 @@ def test_shared_memory_counts_bank_conflicts():
         )
         out = torch.zeros(32, dtype=torch.int32)
         counts = emulator.execute(HEADER + body, (1,), 1, 4096, [out, out])
-        assert list(counts.wavefronts.values()) == [cycles]
+        assert list(counts.cycles.values()) == [cycles]
+
+
+@pytest.mark.parametrize(
+    "address, load, cycles",
+    [
+        ("shl.b32 %r6, %r1, 2", "ld.global.b32 %r2", 1),  # 128 bytes of one line
+        ("and.b32 %r6, %r1, 0", "ld.global.b32 %r2", 1),  # one word for all
+        ("shl.b32 %r6, %r1, 4", "ld.global.v4.b32 {%r2, %r3, %r4, %r8}", 4),  # 512 bytes of 4 lines
+        ("shl.b32 %r6, %r1, 7", "ld.global.b32 %r2", 8),  # 32 lines
+        ("shl.b32 %r6, %r1, 6", "@%p1 ld.global.b32 %r2", 2.5),  # 10 lines
+    ],
+)
+def test_global_memory_counts_lines(address, load, cycles):
+    emulator = Emulator(80, counting=True)
+    body = f"{address}; setp.lt.u32 %p1, %r1, 20; cvt.u64.u32 %rd6, %r6; add.s64 %rd7, %rd1, %rd6; {load}, [%rd7]; ret;"
+    counts = emulator.execute(HEADER + body + "\n}\n", (1,), 1, 0, [torch.zeros(1024, dtype=torch.int32)] * 2)
+    emulator.check()
+    assert list(counts.cycles.values()) == [cycles]
+
+
+def test_instructions_are_counted_by_warps_in_loops_and_outside():
+    """Two warps; of the second, eight threads take the loop, twice. Warps that come by an instruction count, whether
+    their guard is true or not."""
+    body = """
+	setp.lt.u32 %p1, %r1, 40;
+	mov.b32 %r2, 0;
+	shr.u32 %r3, %r1, 5;
+$L_outer:
+	@!%p1 bra $L_end;
+$L_loop:
+	ld.global.b32 %r4, [%rd4];
+	add.s32 %r2, %r2, 1;
+	setp.le.u32 %p2, %r2, %r3;
+	@%p2 bra $L_loop;
+	setp.eq.u32 %p3, %r2, 99;
+	@%p3 bra $L_outer;
+$L_end:
+	mov.b32 %r5, global_smem;
+	@!%p1 st.shared.b32 [%r5], %r3;
+	st.global.b32 [%rd5], %r2;
+	ret;
+}
+"""
+    emulator = Emulator(80, counting=True)
+    tensors = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    ptx = HEADER + body
+    counts = emulator.execute(ptx, (1,), 2, 1024, tensors)
+    emulator.check()
+    program = program_of(ptx)
+    (loop,) = program.loops()
+    assert [program.instructions[place].parts[0] for place in loop] == ["ld", "add", "setp", "bra"]
+    # The header is 6 instructions; before, between and behind the loops are 4, 2 and 4.
+    inside, outside = 4 * 1 + 4 * 2, 2 * (6 + 4 + 2 + 4)
+    assert counts.instructions(program, loop) == inside
+    assert counts.instructions(program) == inside + outside
+    assert counts.instructions(program, loop, "global") == 1 + 2
+    assert counts.instructions(program, None, "global") == 1 + 2 + 2
+    assert counts.instructions(program, None, "shared") == 2

@@ -96,10 +96,12 @@ class Emulator:
         finally:
             torch.empty = replaced
 
-    def run(self, entry: aot.Launch) -> None:
-        """Run one launch, in place. An integer argument of 1 is no parameter: Triton makes it a constant."""
-        with without_ptxas():
-            compiled = aot.compile_launch(entry, self.capability)
+    def run(self, entry: aot.Launch, compiled: triton.compiler.CompiledKernel | None = None) -> None:
+        """Run one launch, in place; compiled: what is known of it already. An integer argument of 1 is no parameter:
+        Triton makes it a constant."""
+        if compiled is None:
+            with without_ptxas():
+                compiled = aot.compile_launch(entry, self.capability)
         passed = {p.name: entry.arguments[p.name] for p in entry.kernel.params if not p.is_constexpr}
         passed = {name: value for name, value in passed.items() if isinstance(value, Tensor) or value != 1}
         first = len(self.faults.found)

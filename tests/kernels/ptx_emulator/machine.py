@@ -8,6 +8,7 @@ the threads of a warp together needs all of its lanes at one place.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,10 +30,24 @@ TOGETHER = {"mma", "wgmma", "ldmatrix", "stmatrix", "shfl", "vote", "redux"}
 
 @dataclass
 class Counts:
-    """What was executed, by instruction: by warps, and cycles that its data take in shared memory (wavefronts)."""
+    """What was executed, by the place of the instruction in the program.
+
+    executed: how many warps came there, with any of their lanes, whatever its guard said. cycles: of the unit of L1
+    cache and shared memory, for the data. In shared memory other words of one bank come one after the other; in the
+    cache four lines of 128 bytes are found a cycle, and 128 bytes that differ are read, from whichever lines: that
+    those may meet in banks too is left out.
+    """
 
     executed: Counter[int] = field(default_factory=Counter)
-    wavefronts: Counter[int] = field(default_factory=Counter)
+    cycles: Counter[int] = field(default_factory=Counter)
+
+    def instructions(self, program: Program, places: Iterable[int] | None = None, memory: str | None = None) -> int:
+        """Instructions that warps executed: at these places, None for all; of those only what accesses this memory."""
+        return sum(
+            self.executed[place]
+            for place in (range(len(program.instructions)) if places is None else places)
+            if memory is None or program.instructions[place].memory == memory
+        )
 
 
 class Machine:
@@ -330,6 +345,7 @@ class Machine:
             return self.where(rows[i])
 
         if instruction.parts[1] == "global":
+            self._lines(at, count * size, rows)
             return self.memory.load(instruction, at, count, size, self._programs()[rows], where)
         if not instruction.parts[1].startswith("shared"):
             raise NotImplementedError(instruction.text)
@@ -355,6 +371,7 @@ class Machine:
             return self.where(rows[i])
 
         if instruction.parts[0] == "st" and instruction.parts[1] == "global":
+            self._lines(at, values.shape[1] * values.itemsize, rows)
             self.memory.store(instruction, at, values, self._programs()[rows], where)
             return
         if "shared" not in ".".join(instruction.parts):
@@ -399,9 +416,11 @@ class Machine:
         length = self.value(instruction, rest[0] if rest else size, np.dtype("uint32"), mask)[rows]
         for part in np.unique(length[length > 0]):  # the rest is filled with zeros
             some = np.flatnonzero(length == part)
+            places = self._address(instruction, source, mask)[rows[some]]
+            self._lines(places, int(part), rows[some])
             loaded = self.memory.load(
-                instruction, self._address(instruction, source, mask)[rows[some]], int(part), 1,
-                self._programs()[rows[some]], lambda i, some=some: self.where(rows[some[i]]),
+                instruction, places, int(part), 1, self._programs()[rows[some]],
+                lambda i, some=some: self.where(rows[some[i]]),
             )  # fmt: skip
             values[some[:, None], np.arange(part)] = loaded
         self.copying[-1].append((instruction, at, values.view(np.uint32), rows))
@@ -569,4 +588,14 @@ class Machine:
         which = np.unique(bank) // 32
         most = np.zeros(part.max() + 1, np.int64)
         np.maximum.at(most, which, per_bank)
-        self.counts.wavefronts[self.place] += int(most.sum())
+        self.counts.cycles[self.place] += int(most.sum())
+
+    def _lines(self, at: np.ndarray, size: int, rows: np.ndarray) -> None:
+        """Count the cycles of the L1 cache for global memory; see Counts."""
+        if self.counts is None or not len(rows):
+            return
+        word = (at[:, None] // np.uint64(4) + np.arange(max(1, size // 4), dtype=np.uint64)).astype(np.int64)
+        words = np.unique((rows // 32)[:, None].astype(np.int64) << 48 | word & (1 << 48) - 1)
+        lines = np.unique(words >> 5)
+        each = np.stack([np.bincount(words >> 48) / 32, np.bincount(lines >> 43) / 4]).max(0)
+        self.counts.cycles[self.place] += float(np.maximum(each, each > 0).sum())

@@ -41,6 +41,16 @@ class Instruction:
     def type(self) -> str:
         return self.parts[-1]
 
+    @property
+    def memory(self) -> str | None:
+        """The memory that it reads or writes, "global" or "shared" (also what copies from the one to the other)."""
+        if self.parts[0] in ("ldmatrix", "stmatrix"):
+            return "shared"
+        if self.parts[0] not in ("ld", "st", "atom", "cp"):
+            return None
+        spaces = [part.partition("::")[0] for part in self.parts]
+        return next((space for space in ("shared", "global") if space in spaces), None)
+
     def bytes(self) -> int:
         """Bytes that a load or store of one thread moves."""
         vector = next((int(part[1:]) for part in self.parts if re.fullmatch(r"v[248]", part)), 1)
@@ -67,6 +77,13 @@ class Program:
         if name in self.registers:
             return self.registers[name]
         return self.registers.get(name.rstrip("0123456789"))
+
+    def loops(self) -> list[range]:
+        """Places of the innermost loops: from where a branch leads back to, up to the branch itself."""
+        branches = [(place, i.operands[0]) for place, i in enumerate(self.instructions) if i.parts[0] == "bra"]
+        loops = {range(self.labels[to], place + 1) for place, to in branches if self.labels[to] <= place}
+        inner = [a for a in loops if not any(b != a and a.start <= b.start and b.stop <= a.stop for b in loops)]
+        return sorted(inner, key=lambda loop: loop.start)
 
 
 def parse(text: str) -> Program:
