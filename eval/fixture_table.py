@@ -51,6 +51,8 @@ class Row:
     changes: dict[str, object]
     bits: float | None = None
     """What --bits is set to; None for the group's code bits."""
+    samples: int = 128
+    """Calibration windows."""
 
 
 # At 3 bits an expert's own codebook of 4096 codewords would cost this small model 2.7 bits per weight, and k-means on
@@ -77,6 +79,7 @@ def rows(group: int) -> list[Row]:
         Row("fast", "fast", {}, equal),
         Row("default", "default", {}, equal),
         Row("best", "best", {}, equal),
+        Row("fast, all rates alike, 48 windows", "fast", UNIFORM, samples=48),  # in a GPTQ's time
         Row("default, all rates alike", "default", UNIFORM),
         Row("default, same bits by budget", "default", {}, uniform),
         Row("default, rq", "default", {"codebook": "rq", "refits": 2}, equal),
@@ -102,6 +105,7 @@ def quantize(row: Row, group: int, seed: int, output: Path) -> None:
             output=output,
             calibration=str(DATA / "calibration.txt"),
             recipe=make_recipe(row.recipe, group if row.bits is None else row.bits, **row.changes),
+            samples=row.samples,
             sequence_length=WINDOW,
             seed=seed,
             device="cpu",

@@ -31,6 +31,10 @@ from kbvq.structures import InputMoments, MakeZeros, ProjectionFormat
 CODED_AT_ONCE = 1 << 27
 """Weights of as many experts as have so many are coded together: it takes several copies of them."""
 
+EXPERTS_FOR_SCALES = 4
+"""Experts whose targets decide a projection's column scales: those with most energy. All have the same scales, and each
+costs a triangular inverse, and with vectors a factorisation of its own."""
+
 _NETWORK_EPOCHS = 2  # of training before error feedback: what follows it moves the network more
 
 
@@ -102,16 +106,19 @@ def column_scales(
     if not single:
         factors = Factors(moments, recipe, 1, factors.experts)
     order = factors.order
+    energies = scale.square().sum(1) * moments.mass
+    chosen = energies.topk(min(len(energies), EXPERTS_FOR_SCALES)).indices.tolist()
     variances = weights.new_zeros(len(factors.experts), len(order))
     for place, expert in enumerate(factors.experts):
+        if expert not in chosen:
+            continue
         factor = factors.stacked[place] if single else factors.of(expert)
         own = (weights[expert][:, order] / scale[expert, :, None]).square().mean(0)
         variances[place] = target_variances(error_passing(factor), own, distortion)
-    energies = (scale.square().sum(1) * moments.mass).tolist()
-    mass = sum(energies)
+    gathered = gather(team, variances, len(weights))
+    mass = sum(float(energies[expert]) for expert in chosen)
     variances = sum(
-        (energy * own for energy, own in zip(energies, gather(team, variances, len(weights)), strict=True)),
-        start=torch.zeros_like(weights[0, 0]),
+        (float(energies[expert]) * gathered[expert] for expert in chosen), start=torch.zeros_like(weights[0, 0])
     )
     smallest = torch.finfo(torch.float16).smallest_normal
     deviations = (variances / max(mass, 1e-30)).sqrt() if mass else torch.ones_like(variances)

@@ -284,8 +284,7 @@ def _layer_moments(
     layer = stream.model.get_submodule(stream.layers_path)[index]
     banks = [bank for bank in stream.banks if bank.decoder_layer == index]
     weights = sum(_num_weights(bank) for bank in banks)
-    top_k = getattr(stream.text_config, "num_experts_per_tok", None) or 2
-    used = sum((top_k if b.kind == "routed" else 1) * (b.intermediate_size + b.hidden_size) for b in banks)
+    used = _used_width(stream, banks)
     held: dict[str, float] = {
         # As read, and a copy: with the channels of each expert in order while they are sorted, then as decoded.
         "layer": size * (sum(p.numel() for p in layer.parameters()) + weights),
@@ -335,6 +334,12 @@ def _layer_moments(
                 }
             )
     return found or [held]
+
+
+def _used_width(stream: LayerStream, banks: Sequence[ExpertBank]) -> int:
+    """Channels between and behind the projections of the experts that a token meets in these banks."""
+    top_k = getattr(stream.text_config, "num_experts_per_tok", None) or 2
+    return sum((top_k if b.kind == "routed" else 1) * (b.intermediate_size + b.hidden_size) for b in banks)
 
 
 def _attention_bytes(layer: nn.Module, width: int, banks: Sequence[ExpertBank]) -> float:
@@ -425,6 +430,8 @@ def _tuning_bytes(stream: LayerStream, recipe: Recipe, sequence_length: int) -> 
     largest = max(_num_weights(bank) for bank in stream.banks)
     trained = _trained(stream, recipe)
     tokens = max(TOKENS_PER_STEP, sequence_length)
+    layers = {bank.decoder_layer for bank in stream.banks}
+    used = max(_used_width(stream, [bank for bank in stream.banks if bank.decoder_layer == i]) for i in layers)
     on_disk = stream.device.type == "cpu"
     # A table has an index of 4 bytes for every vector.
     codes = num_weights * 1.0
@@ -436,7 +443,8 @@ def _tuning_bytes(stream: LayerStream, recipe: Recipe, sequence_length: int) -> 
         "moments of Adam": 0 if on_disk else 8 * sum(trained),
         "codes of all banks": codes,
         "decoded layer and its gradients": 12 * largest,
-        "activations between layers": 4 * tokens * stream.stream_width * (stream.num_layers + 4),
+        # The inputs of all layers, and what one of them keeps for its backward pass.
+        "activations": 4 * tokens * (stream.stream_width * (stream.num_layers + 16) + 3 * used),
         # Of both models, their logarithms and what their gradients take.
         "logits": 4 * 6 * TOKENS_OF_LOGITS * stream.text_config.vocab_size,
     }
