@@ -46,6 +46,24 @@ def test_gradients_reach_everything_that_is_continuous():
     assert {name for name, p in trainable.continuous.items() if p.grad.any()} == {"codebook", "scale", "bias"}
 
 
+@pytest.mark.parametrize("scales", [("scale", "column_scale"), ("scale",), ("column_scale",)])
+def test_gradients_of_the_scales_of_fixed_codes_are_those_of_the_product(scales):
+    """Against autograd on the product, its fixed part taken from the decoder with all scales at one."""
+    has = {f"has_{name}": name in scales for name in ("scale", "column_scale")}
+    format = ProjectionFormat(3, 8, 16, "trellis", 1, 4, rank=2, **has)
+    packed, _ = random_projection(format, seed=0)
+    ones = {name: torch.ones_like(packed.tensors[name]) for name in scales}
+    fixed = torch.stack([dequantize_expert(format, packed.tensors | ones, e) for e in range(3)])
+    wanted = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(1))
+    own = {name: packed.tensors[name].float().requires_grad_() for name in scales}
+    product = fixed * own.get("scale", torch.ones(3, 8))[..., None] * own.get("column_scale", torch.ones(16))
+    (product * wanted).sum().backward()
+    trainable = TrainableProjection(packed)
+    (trainable.weights() * wanted).sum().backward()
+    for name in scales:
+        torch.testing.assert_close(trainable.continuous[name].grad, own[name].grad, rtol=1e-5, atol=1e-5)
+
+
 def test_windows_per_step_fill_the_tokens_of_a_step():
     assert windows_per_step(256, 128) == 8
     assert windows_per_step(256, 3) == 3

@@ -8,7 +8,8 @@ projection alone; this is where gate, up and down, and the experts of one token,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,31 +60,30 @@ class TrainableProjection(nn.Module):
 
     def weights(self) -> Tensor:
         """Decoded weights of all experts, [num_experts, out_features, in_features] float32, differentiable."""
-        weights: Tensor | None = None
-        if "codebook" in self.continuous:
-            flat = self.continuous["codebook"].flatten(0, 2)
-            weights = sum(F.embedding(places, flat) for places in self.places).flatten(-2)
-            if self.negative is not None:
-                weights = torch.where(self.negative, -weights, weights)
-        fixed = self._fixed()
-        if fixed is not None:
-            weights = fixed if weights is None else weights + fixed
+        if not self.has_tables:
+            scales = [self.continuous[name] if name in self.continuous else None for name in ("scale", "column_scale")]
+            return _ScaledWeights.apply(self._fixed_of, self.packed.format.num_experts, *scales)
+        flat = self.continuous["codebook"].flatten(0, 2)
+        weights: Tensor = sum(F.embedding(places, flat) for places in self.places).flatten(-2)
+        if self.negative is not None:
+            weights = torch.where(self.negative, -weights, weights)
+        if self.packed.format.rank:
+            with torch.no_grad():
+                coefficients, basis = decode_factors(self.packed.tensors)
+                low_rank = coefficients @ basis
+            weights = weights + low_rank
         if "column_scale" in self.continuous:
             weights = weights * self.continuous["column_scale"]
         return weights * self.continuous["scale"][..., None] if "scale" in self.continuous else weights
 
     @torch.no_grad()
-    def _fixed(self) -> Tensor | None:
-        """What is not trained of the weights before the scale multiplies. Decoded anew each time: kept, it would take
-        four bytes a weight."""
-        format, tensors = self.packed.format, self.packed.tensors
-        fixed: Tensor | None = None
-        if not self.has_tables:
-            fixed = torch.stack([decode_codes(*self.form, expert) for expert in range(format.num_experts)])
-        if format.rank:
-            coefficients, basis = decode_factors(tensors)
-            low_rank = coefficients @ basis
-            fixed = low_rank if fixed is None else fixed + low_rank
+    def _fixed_of(self, expert: int) -> Tensor:
+        """Of an expert, what no scale has multiplied, where nothing of that is trained: [out_features, in_features].
+        Decoded anew each time: kept, it would take four bytes a weight."""
+        fixed = decode_codes(*self.form, expert)
+        if self.packed.format.rank:
+            coefficients, basis = decode_factors(self.packed.tensors)
+            fixed = fixed + coefficients[expert] @ basis
         return fixed
 
     def bias(self) -> Tensor | None:
@@ -102,6 +102,41 @@ class TrainableProjection(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise NumericalError(f"tuning drove {name} out of the range of float16; use fewer steps or none")
         return PackedProjection(self.packed.format, self.packed.tensors | tuned)
+
+
+class _ScaledWeights(torch.autograd.Function):
+    """scale · fixed · column_scale of all experts. Keeps nothing for the backward pass but the scales, and needs the
+    memory of one expert besides the weights and their gradient: products left to autograd take twice as much."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        fixed_of: Callable[[int], Tensor],
+        num_experts: int,
+        scale: Tensor | None,
+        column_scale: Tensor | None,
+    ) -> Tensor:
+        context.fixed_of, context.num_experts = fixed_of, num_experts
+        context.save_for_backward(scale, column_scale)
+        return torch.stack([_scaled(fixed_of(e), e, scale, column_scale) for e in range(num_experts)])
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
+        scale, column_scale = context.saved_tensors
+        of_scale = None if scale is None else torch.empty_like(scale)
+        of_column = None if column_scale is None else torch.zeros_like(column_scale)
+        for expert in range(context.num_experts):
+            product = gradient[expert] * context.fixed_of(expert)
+            if of_scale is not None:
+                of_scale[expert] = product.sum(1) if column_scale is None else product @ column_scale
+            if of_column is not None:
+                of_column += product.sum(0) if scale is None else scale[expert] @ product
+        return None, None, of_scale, of_column
+
+
+def _scaled(fixed: Tensor, expert: int, scale: Tensor | None, column_scale: Tensor | None) -> Tensor:
+    weights = fixed if column_scale is None else fixed * column_scale
+    return weights if scale is None else weights * scale[expert, :, None]
 
 
 class TrainableBank(nn.Module):
