@@ -55,9 +55,12 @@ NOT_CODING = {"limit", "basis"}
 GOALS = {"fast": 0.7, "default": 1.2}
 """Microseconds of CPU that coding a weight may take, by recipe."""
 
-PER_BANK = {"tables", "limit", "basis"}
-"""Does not grow with the experts: k-means draws a subset of all vectors, the Shannon limit is that of few experts, and
-a shared basis has two eigenvalue problems for all of them."""
+OF_FEW_EXPERTS = {"limit": projection.LIMIT_EXPERTS, "column scales": vector_quantization.EXPERTS_FOR_SCALES}
+"""Grows with the experts up to so many."""
+
+PER_BANK = {"tables", "basis", *OF_FEW_EXPERTS}
+"""Does not grow with the experts: k-means draws a subset of all vectors, and a shared basis has two eigenvalue problems
+for all of them."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ def stage_times(times: dict[str, float]) -> Iterator[None]:
             nested, start = times["factors"], time.process_time()
             result = function(*arguments, **options)
             times[name] += time.process_time() - start
-            if name != "factors":
+            if name == "column scales" and options["factors"].vector_dim > 1:
+                times["factors"] = nested  # factors of their own, of as few experts
+            elif name != "factors":
                 times[name] -= times["factors"] - nested
             return result
 
@@ -212,9 +217,10 @@ def measure_bank(bank: Bank, recipe: Recipe, experts: int, tokens: int, *, alone
         seconds["report"] -= seconds["limit"] - limit
         print(f"  {bank.name} {name}: relative error {report.relative_error:.4f}", flush=True)
     seconds["other"] = seconds.pop("quantize") - sum(seconds[stage] for stage in STAGES if stage not in NOT_CODING)
-    seconds["limit"] *= min(projection.LIMIT_EXPERTS, bank.num_experts) / min(projection.LIMIT_EXPERTS, experts)
     scale = bank.num_experts / experts
     seconds = {stage: value * (1 if stage in PER_BANK else scale) for stage, value in seconds.items()}
+    for stage, most in OF_FEW_EXPERTS.items():
+        seconds[stage] *= min(most, bank.num_experts) / min(most, experts)
     passes = FORWARD_PASSES * share * scale
     return seconds | {"forward": passes * forward, "forward, products alone": passes * products}
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kbvq.errors import NumericalError
-from kbvq.models.layer_stream import LayerStream
+from kbvq.models.layer_stream import LayerStream, return_freed_memory
 from kbvq.models.moe_adapters import read_experts
 from kbvq.quantization.block_tuning import (
     TrainableBank,
@@ -67,6 +67,7 @@ def distill(
     Raises NumericalError when the loss is not finite.
     """
     device, steps = stream.device, recipe.distillation_steps
+    return_freed_memory()  # what quantizing the layers took
     modules = {
         bank.path: TrainableBank(bank.to(device), read_experts(stream.model.get_submodule(bank.path)).gating)
         for bank in banks

@@ -443,8 +443,8 @@ def _tuning_bytes(stream: LayerStream, recipe: Recipe, sequence_length: int) -> 
         "moments of Adam": 0 if on_disk else 8 * sum(trained),
         "codes of all banks": codes,
         "decoded layer and its gradients": 12 * largest,
-        # The inputs of all layers, and what one of them keeps for its backward pass.
-        "activations": 4 * tokens * (stream.stream_width * (stream.num_layers + 16) + 3 * used),
+        # The inputs of all layers, what one of them keeps for its backward pass, and the gradients of that.
+        "activations": 4 * tokens * (stream.stream_width * (stream.num_layers + 32) + 6 * used),
         # Of both models, their logarithms and what their gradients take.
         "logits": 4 * 6 * TOKENS_OF_LOGITS * stream.text_config.vocab_size,
     }
