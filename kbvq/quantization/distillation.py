@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kbvq.errors import NumericalError
-from kbvq.models.layer_stream import LayerStream, return_freed_memory
+from kbvq.models.layer_stream import LayerStream, return_freed_memory, returning_large_blocks
 from kbvq.models.moe_adapters import read_experts
 from kbvq.quantization.block_tuning import (
     TrainableBank,
@@ -72,7 +72,7 @@ def distill(
         bank.path: TrainableBank(bank.to(device), read_experts(stream.model.get_submodule(bank.path)).gating)
         for bank in banks
     }
-    with stream.whole(modules, dense) as model, _checkpointing(stream.layers):
+    with returning_large_blocks(), stream.whole(modules, dense) as model, _checkpointing(stream.layers):
         trained = trainable_dense(model, stream.layers_path, list(modules)) if recipe.dense_rate else {}
         for parameter in trained.values():
             parameter.data = parameter.data.float()  # steps are far below the precision of bfloat16
