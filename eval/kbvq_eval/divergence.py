@@ -70,7 +70,7 @@ def score_windows(
     """Score `model` on windows [num_windows, window] int64; against `baseline`, of the same windows, if one is given.
 
     model: causal language model of transformers (logits in any dtype, evaluated here in float32), in evaluation mode.
-    batch_size: windows per forward, default 2048 tokens' worth. Raises ConfigError when the vocabularies or windows
+    batch_size: windows per forward, default 1024 tokens' worth. Raises ConfigError when the vocabularies or windows
     differ, NumericalError on logits that are not finite.
     """
     if baseline is not None and not torch.equal(baseline.tokens, tokens):

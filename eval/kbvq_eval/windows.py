@@ -19,7 +19,7 @@ from kbvq.errors import ConfigError
 
 DEFAULT_WINDOW = 2048
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 """Tokens of one forward where no batch size is given."""
 
 
