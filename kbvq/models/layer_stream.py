@@ -575,10 +575,6 @@ def _targets(name: str, converter: WeightConverter | None) -> list[str]:
     return [name, *(name.replace(first, other) for other in others)]
 
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
-_LARGEST_THRESHOLD = 32 << 20  # what glibc raises it to by itself
-
-
 class _LayersPassed(Exception):
     """Ends the model's forward once the inputs of its last layer, or of the head, are recorded."""
 
@@ -591,25 +587,6 @@ def return_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-
-
-@contextmanager
-def returning_large_blocks() -> Iterator[None]:
-    """Blocks of a megabyte and more go back to the system when they are freed, where the C library can be told so.
-
-    For what frees blocks within a pass over all layers, where `return_freed_memory` comes too late. Each such block
-    costs its pages anew, up to a third of the time of small layers.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "mallopt"):
-        yield
-        return
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-        return_freed_memory()
 
 
 def _load_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kbvq.errors import NumericalError
-from kbvq.models.layer_stream import LayerStream, return_freed_memory, returning_large_blocks
+from kbvq.models.layer_stream import LayerStream, return_freed_memory
 from kbvq.models.moe_adapters import read_experts
 from kbvq.quantization.block_tuning import (
     TrainableBank,
@@ -67,12 +68,11 @@ def distill(
     Raises NumericalError when the loss is not finite.
     """
     device, steps = stream.device, recipe.distillation_steps
-    return_freed_memory()  # what quantizing the layers took
     modules = {
         bank.path: TrainableBank(bank.to(device), read_experts(stream.model.get_submodule(bank.path)).gating)
         for bank in banks
     }
-    with returning_large_blocks(), stream.whole(modules, dense) as model, _checkpointing(stream.layers):
+    with stream.whole(modules, dense) as model, _checkpointing(stream.layers):
         trained = trainable_dense(model, stream.layers_path, list(modules)) if recipe.dense_rate else {}
         for parameter in trained.values():
             parameter.data = parameter.data.float()  # steps are far below the precision of bfloat16
@@ -171,9 +171,18 @@ def trainable_dense(model: PreTrainedModel, layers_path: str, banks: list[str]) 
 
 @contextmanager
 def _checkpointing(layers: nn.ModuleList) -> Iterator[None]:
-    """Layers that keep no activations for the backward pass but run again."""
+    """Layers that keep no activations for the backward pass but run again. Behind each layer of both passes freed pages
+    are given back: what is kept of a layer lies between its blocks, and the next layer's would come on top."""
+
+    def run(layer: Callable[..., Tensor], hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if hidden_states.requires_grad:
+            hidden_states.register_hook(lambda gradient: return_freed_memory())
+        outputs = checkpoint(layer, hidden_states, *arguments, use_reentrant=False, **options)
+        return_freed_memory()
+        return outputs
+
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(run, layer.forward)
     try:
         yield
     finally:
