@@ -220,7 +220,8 @@ def measure_bank(bank: Bank, recipe: Recipe, experts: int, tokens: int, *, alone
     scale = bank.num_experts / experts
     seconds = {stage: value * (1 if stage in PER_BANK else scale) for stage, value in seconds.items()}
     for stage, most in OF_FEW_EXPERTS.items():
-        seconds[stage] *= min(most, bank.num_experts) / min(most, experts)
+        if stage in seconds:  # what is left out has no time
+            seconds[stage] *= min(most, bank.num_experts) / min(most, experts)
     passes = FORWARD_PASSES * share * scale
     return seconds | {"forward": passes * forward, "forward, products alone": passes * products}
 

@@ -149,6 +149,9 @@ def test_coding_time_is_split_into_stages(tmp_path):
     assert row["coding"] * weights > 0.999999e6 * coding  # with what is in none of the stages
     assert abs(row["hours"] * 3600 / (sum(seconds.values()) * 48) - 1) < 1e-9
     assert "| Qwen3-30B-A3B | fast |" in output.with_suffix(".md").read_text()
+    subprocess.run([*command, *small, "--coding-alone", "--output", output], check=True, capture_output=True)
+    alone = next(row for row in json.loads(output.read_text())["rows"] if row["alone"])
+    assert alone["seconds"]["codes"] > 0 and not alone["seconds"].get("limit") and not alone["seconds"].get("report")
 
 
 def test_generation_speed_has_a_row_for_each_model_and_file(tmp_path, monkeypatch, capsys):
