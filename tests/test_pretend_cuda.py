@@ -83,14 +83,15 @@ def test_end_to_end_tuning_runs_there_and_packs_what_it_tuned(tmp_path, text, mo
     def watched(self, *arguments):
         # Dense parameters take their steps inside the backward pass, where devices are not seen.
         inside = torch._C._current_graph_task_id() != -1
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        given = [tensor for parameter in parameters for tensor in (parameter, parameter.grad)]
         result = step(self, *arguments)
-        for group in self.param_groups:
-            for p in group["params"]:
-                tensors = (p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])
-                if inside:
-                    in_backward.update(tensor.dtype for tensor in tensors)
-                else:
-                    seen.update((tensor.dtype, p.device) for tensor in tensors)
+        moments = [self.state[parameter][name] for parameter in parameters for name in ("exp_avg", "exp_avg_sq")]
+        if inside:
+            in_backward.update(tensor.dtype for tensor in (*given, *moments))
+        else:
+            seen.update((tensor.dtype, tensor.device) for tensor in given)
+            seen.update((moment.dtype, parameters[0].device) for moment in moments)
         return result
 
     def measured(self, *arguments):
@@ -104,7 +105,7 @@ def test_end_to_end_tuning_runs_there_and_packs_what_it_tuned(tmp_path, text, mo
         found = quantize(tmp_path / "model", tmp_path / "on-gpu", text, recipe, samples=2, device="cuda")
     # Two Linears of attention in each of two layers (the others are too small), and the head, packed before tuning.
     assert predicted == {(torch.float32, CUDA, False): 5}
-    assert seen.keys() == {(torch.float32, CUDA)}
+    assert seen.keys() == {(torch.float32, CUDA)} and seen[torch.float32, CUDA] > 2 * 4 * 4
     # Two steps of a parameter's four tensors: four Linears of attention and two norms in each of two layers.
     assert in_backward == {torch.float32: 2 * 4 * 2 * (4 + 2)}
     assert found["calibration"]["tuning_samples"] > 0

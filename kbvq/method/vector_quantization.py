@@ -106,19 +106,18 @@ def column_scales(
     if not single:
         factors = Factors(moments, recipe, 1, factors.experts)
     order = factors.order
-    energies = scale.square().sum(1) * moments.mass
-    chosen = energies.topk(min(len(energies), EXPERTS_FOR_SCALES)).indices.tolist()
+    heaviest = (scale.square().sum(1) * moments.mass).topk(min(len(scale), EXPERTS_FOR_SCALES))
+    energies = dict(zip(heaviest.indices.tolist(), heaviest.values.tolist(), strict=True))
     variances = weights.new_zeros(len(factors.experts), len(order))
     for place, expert in enumerate(factors.experts):
-        if expert not in chosen:
+        if expert not in energies:
             continue
         factor = factors.stacked[place] if single else factors.of(expert)
         own = (weights[expert][:, order] / scale[expert, :, None]).square().mean(0)
         variances[place] = target_variances(error_passing(factor), own, distortion)
-    gathered = gather(team, variances, len(weights))
-    mass = sum(float(energies[expert]) for expert in chosen)
+    gathered, mass = gather(team, variances, len(weights)), sum(energies.values())
     variances = sum(
-        (float(energies[expert]) * gathered[expert] for expert in chosen), start=torch.zeros_like(weights[0, 0])
+        (energy * gathered[expert] for expert, energy in energies.items()), start=torch.zeros_like(weights[0, 0])
     )
     smallest = torch.finfo(torch.float16).smallest_normal
     deviations = (variances / max(mass, 1e-30)).sqrt() if mass else torch.ones_like(variances)

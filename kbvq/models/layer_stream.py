@@ -25,6 +25,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -307,20 +308,8 @@ class LayerStream:
 
         Inside `whole` only.
         """
-        outputs: list[Tensor] = []
-
-        def keep(module: nn.Module, arguments: tuple[object, ...], output: Tensor) -> None:
-            outputs.append(output)
-            raise _LayersPassed
-
-        hook = self.layers[-1].register_forward_hook(keep)
-        try:
-            self.model(input_ids=token_ids.to(self.device), use_cache=False)
-        except _LayersPassed:
-            pass
-        finally:
-            hook.remove()
-        return outputs[0]
+        forward = partial(self.model, input_ids=token_ids.to(self.device), use_cache=False)
+        return _stopped_at(self.layers[-1].register_forward_hook, forward)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """What the model makes of the last decoder layer's output: [B, S, H] -> [B, S, vocabulary] on `device`,
@@ -343,20 +332,8 @@ class LayerStream:
 
     def head_inputs(self, hidden_states: Tensor) -> Tensor:
         """What the head gets of the last decoder layer's output, of the same shape. Inside `head` or `whole` only."""
-        inputs: list[Tensor] = []
-
-        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs.append(arguments[0])
-            raise _LayersPassed
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
-        try:
-            self.logits(hidden_states)
-        except _LayersPassed:
-            pass
-        finally:
-            hook.remove()
-        return inputs[0]
+        head = self.model.get_output_embeddings()
+        return _stopped_at(head.register_forward_pre_hook, partial(self.logits, hidden_states))[0]
 
     def layer_tensors(self, index: int, dense: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of decoder layer `index` outside its banks, by their names in the model, in the dtype stored;
@@ -576,7 +553,25 @@ def _targets(name: str, converter: WeightConverter | None) -> list[str]:
 
 
 class _LayersPassed(Exception):
-    """Ends the model's forward once the inputs of its last layer, or of the head, are recorded."""
+    """Ends the model's forward once what it was run for is recorded."""
+
+
+def _stopped_at(attach: Callable[[Callable[..., None]], RemovableHandle], forward: Callable[[], object]) -> Any:
+    """The last argument of the hook that is attached, when `forward` first calls it; what would follow does not run."""
+    found: list[object] = []
+
+    def keep(*arguments: object) -> None:
+        found.append(arguments[-1])
+        raise _LayersPassed
+
+    hook = attach(keep)
+    try:
+        forward()
+    except _LayersPassed:
+        pass
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def return_freed_memory() -> None:

@@ -68,10 +68,8 @@ class TrainableProjection(nn.Module):
         if self.negative is not None:
             weights = torch.where(self.negative, -weights, weights)
         if self.packed.format.rank:
-            with torch.no_grad():
-                coefficients, basis = decode_factors(self.packed.tensors)
-                low_rank = coefficients @ basis
-            weights = weights + low_rank
+            coefficients, basis = decode_factors(self.packed.tensors)  # stored ones: nothing of them is trained
+            weights = weights + coefficients @ basis
         if "column_scale" in self.continuous:
             weights = weights * self.continuous["column_scale"]
         return weights * self.continuous["scale"][..., None] if "scale" in self.continuous else weights
@@ -81,10 +79,7 @@ class TrainableProjection(nn.Module):
         """Of an expert, what no scale has multiplied, where nothing of that is trained: [out_features, in_features].
         Decoded anew each time: kept, it would take four bytes a weight."""
         fixed = decode_codes(*self.form, expert)
-        if self.packed.format.rank:
-            coefficients, basis = decode_factors(self.packed.tensors)
-            fixed = fixed + coefficients[expert] @ basis
-        return fixed
+        return torch.addmm(fixed, *decode_factors(self.packed.tensors, expert)) if self.packed.format.rank else fixed
 
     def bias(self) -> Tensor | None:
         return self.continuous["bias"] if "bias" in self.continuous else None
