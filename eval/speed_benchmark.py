@@ -102,9 +102,7 @@ def stage_times(times: dict[str, float]) -> Iterator[None]:
             nested, start = times["factors"], time.process_time()
             result = function(*arguments, **options)
             times[name] += time.process_time() - start
-            if name == "column scales" and options["factors"].vector_dim > 1:
-                times["factors"] = nested  # factors of their own, of as few experts
-            elif name != "factors":
+            if name != "factors":
                 times[name] -= times["factors"] - nested
             return result
 

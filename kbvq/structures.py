@@ -464,7 +464,8 @@ def tensor_name(path: str, projection: str, name: str) -> str:
 class InputMoments:
     """Sums over the tokens that reached each expert, of the inputs of one projection; merged by `+`.
 
-    outer_sum: [num_experts, in_features, in_features] float32, sum of x xᵀ (not mean-centred).
+    upper_sum: [num_experts, in_features, in_features] float32, sum of x xᵀ (not mean-centred) in the blocks on and
+        above the diagonal; what stands below them counts for nothing until `outer_sum` is asked for.
     input_sum: [num_experts, in_features] float32, sum of x.
     tokens: [num_experts] int64, routed tokens.
     weight_sum: [num_experts] float32, sum of the routing weights of those tokens.
@@ -476,7 +477,7 @@ class InputMoments:
     1/sqrt(tokens) of the moments themselves.
     """
 
-    outer_sum: Tensor
+    upper_sum: Tensor
     input_sum: Tensor
     tokens: Tensor
     weight_sum: Tensor
@@ -486,7 +487,7 @@ class InputMoments:
     def zeros(
         cls, num_experts: int, in_features: int, device: torch.device | str = "cpu", *, make: MakeZeros = torch.zeros
     ) -> InputMoments:
-        """No tokens yet. make: the outer sums."""
+        """No tokens yet. make: the sums of x xᵀ."""
         return cls(
             make(num_experts, in_features, in_features, device=device),
             torch.zeros(num_experts, in_features, device=device),
@@ -518,13 +519,15 @@ class InputMoments:
         routing_weights: [tokens]. by_routing: weight each token by its squared routing weight instead of by one.
         token_weights: [tokens], further factors. Returns the weights that the tokens had, [tokens] float32.
         """
-        self.__dict__.pop("_pooled", None)
+        self._changed()
         inputs, routing_weights = inputs.float(), routing_weights.float()
         weights = routing_weights.square() if by_routing else torch.ones_like(routing_weights)
         if token_weights is not None:
             weights = weights * token_weights
         weighted = inputs * weights[:, None]
-        self.outer_sum[expert].addmm_(weighted.T, inputs)
+        own = self.upper_sum[expert]
+        for columns in _column_blocks(inputs.shape[1]):
+            own[: columns.stop, columns].addmm_(weighted[:, : columns.stop].T, inputs[:, columns])
         self.input_sum[expert] += weighted.sum(0)
         self.tokens[expert] += len(inputs)
         self.weight_sum[expert] += routing_weights.sum()
@@ -533,10 +536,24 @@ class InputMoments:
 
     def reorder_(self, order: Tensor) -> None:
         """Put the channels of each expert in an order of its own; order: [num_experts, in_features] int64."""
-        self.__dict__.pop("_pooled", None)
-        for outer_sum, input_sum, own in zip(self.outer_sum, self.input_sum, order, strict=True):
+        outer_sums = self.outer_sum
+        self._changed()
+        for outer_sum, input_sum, own in zip(outer_sums, self.input_sum, order, strict=True):
             outer_sum.copy_(outer_sum[own][:, own])
             input_sum.copy_(input_sum[own])
+
+    def _changed(self) -> None:
+        for derived in ("outer_sum", "_pooled"):
+            self.__dict__.pop(derived, None)
+
+    @functools.cached_property
+    def outer_sum(self) -> Tensor:
+        """[num_experts, in_features, in_features] float32, sum of x xᵀ: upper_sum, completed in place."""
+        # The product of a batch has twice the operations that its symmetry leaves; below the diagonal is written once.
+        for own in self.upper_sum:
+            for columns in _column_blocks(own.shape[1]):
+                own[columns.stop :, columns] = own[columns, columns.stop :].T
+        return self.upper_sum
 
     def pooled_second_moment(self) -> Tensor:
         """E[x xᵀ] over the tokens of all experts, [in_features, in_features] float32; not to be changed."""
@@ -563,10 +580,16 @@ class InputMoments:
         prior = prior_tokens * self.mass.sum() / self.tokens.sum().clamp_min(1)
         total = (self.mass[expert] + prior).clamp_min(_LEAST_MASS)
         return (
-            (self.outer_sum[expert] + prior * self.pooled_second_moment()) / total,
+            (prior * self.pooled_second_moment()).add_(self.outer_sum[expert]).div_(total),
             (self.input_sum[expert] + prior * self.pooled_mean()) / total,
         )
 
 
+def _column_blocks(n: int) -> list[slice]:
+    """Of n columns, in which products that are symmetric are computed."""
+    return [slice(start, min(start + _COLUMNS, n)) for start in range(0, n, _COLUMNS)]
+
+
+_COLUMNS = 256
 _LEAST_MASS = 1e-12
 _SUMMED_AT_ONCE = 1 << 28  # numbers

@@ -7,6 +7,7 @@ from kbvq.method.error_feedback import (
     channel_order,
     encode_with_feedback,
     error_passing,
+    simulated_target_variances,
     target_variances,
     upper_factor,
 )
@@ -257,3 +258,20 @@ def test_predicted_variances_are_those_of_the_targets():
     torch.testing.assert_close(
         target_variances(error_passing(factor), spread.square(), distortion), torch.stack(variances), rtol=0.1, atol=0
     )
+
+
+def test_simulated_variances_are_those_that_the_errors_passed_on_give():
+    """Over several blocks of channels, the last of them a part of one."""
+    generator = torch.Generator().manual_seed(4)
+    n, distortion = 300, 0.2
+    root = torch.randn(n, 2 * n, generator=generator) * torch.logspace(0, -1, n)[:, None]
+    factor, own = upper_factor(root @ root.mT / n, 0.01), torch.linspace(0.5, 2, n)
+    inverse = torch.linalg.inv(factor.double())
+    expected = own.double().clone()
+    for j in range(n):  # in the coordinates of M each error is white, of `distortion` times its target's variance
+        passed = distortion * expected[:j] * factor.diagonal()[:j].double().square()
+        expected[j] += (passed * inverse[:j, j].square()).sum()
+    assert (expected / own).max() > 1.5
+    torch.testing.assert_close(target_variances(error_passing(factor), own, distortion), expected.float())
+    found = simulated_target_variances(factor, own, distortion) / expected
+    assert found.std() < 0.06 and abs(found.mean() - 1) < 0.02

@@ -61,7 +61,7 @@ def test_every_stage_runs_there_and_statistics_are_in_float32(tmp_path, text, mo
         found = quantize(tmp_path / "model", tmp_path / "on-gpu", text, recipe, samples=2, device="cuda")
     assert found["compute_dtype"] == "bfloat16" and expected["compute_dtype"] == "float32"
     # Of the original and the student for each projection of two layers; goals of all but the first layer's gate_up.
-    moments = dict.fromkeys(("outer_sum", "input_sum", "weight_sum", "mass"), 2 * 2 * 2)
+    moments = dict.fromkeys(("upper_sum", "input_sum", "weight_sum", "mass"), 2 * 2 * 2)
     assert Counter(name for name, *_ in seen) == moments | dict.fromkeys(("weights", "mean"), 3)
     assert {(dtype, where) for _, dtype, where in seen} == {(torch.float32, CUDA)}
     for ours, theirs in zip(found["layers"], expected["layers"], strict=True):  # the budget may choose other rates

@@ -7,6 +7,8 @@ import torch
 
 from kbvq.codes.packing import dequantize_expert
 from kbvq.errors import ConfigError, NumericalError
+from kbvq.method import vector_quantization
+from kbvq.method.error_feedback import encode_with_feedback
 from kbvq.method.projection import quantize_projection, report_projection
 from kbvq.method.rate_distortion import row_moment
 from kbvq.method.target_weights import TargetSums, goal_of
@@ -70,6 +72,32 @@ def test_what_no_weights_can_give_does_not_stretch_the_outputs():
     for expert, (inputs, wanted) in enumerate(zip(tokens, targets, strict=True)):
         found = inputs @ dequantize_expert(packed.format, packed.tensors, expert).T + packed.tensors["bias"][expert]
         torch.testing.assert_close(found.mean(0), wanted.mean(0), rtol=1e-2, atol=1e-2 * wanted.std().item())
+
+
+def test_a_shared_table_is_refitted_by_some_rows_nearly_as_well_as_by_all(monkeypatch):
+    recipe = make_recipe("fast", 2, budget=False)
+    generator = torch.Generator().manual_seed(0)
+    n, rows = 128, 4096
+    weights, moments = torch.randn(2, rows, n, generator=generator), InputMoments.zeros(2, n)
+    for expert in range(2):
+        moments.add_(expert, torch.randn(400, n, generator=generator) * torch.linspace(3, 0.1, n), torch.ones(400))
+    coded_rows = []
+
+    def watched(weights, *rest):
+        coded_rows.append(weights.shape[1])
+        return encode_with_feedback(weights, *rest)
+
+    def error(recipe):
+        format = recipe.projection_format(2, rows, n)
+        packed = quantize_projection(weights, moments, moments, format, recipe, seed=5)
+        return report_projection(weights, packed, moments, prior_tokens=0.0).relative_error
+
+    monkeypatch.setattr(vector_quantization, "encode_with_feedback", watched)
+    before, by_all = error(dataclasses.replace(recipe, refits=0)), error(recipe)
+    monkeypatch.setattr(vector_quantization, "_REFIT_VECTORS", 256)
+    by_some = error(recipe)
+    assert coded_rows == [rows, rows, rows, rows // 2, rows]
+    assert before > 1.01 * by_all and by_some - by_all < 0.3 * (before - by_all)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

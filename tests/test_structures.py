@@ -26,6 +26,22 @@ def test_streamed_and_merged_moments_equal_one_batch():
         assert moments.tokens.tolist() == [0, 60]
 
 
+def test_sums_of_many_channels_are_complete_whenever_they_are_read():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(50, 600, generator=generator)
+    moments = InputMoments.zeros(2, 600)
+    for start in range(0, 50, 10):
+        moments.add_(1, inputs[start : start + 10], torch.ones(10))
+        seen = inputs[: start + 10].double()
+        torch.testing.assert_close(moments.outer_sum[1].double(), seen.T @ seen, rtol=1e-5, atol=1e-5)
+        pooled = (seen.T @ seen / len(seen)).float()
+        torch.testing.assert_close(moments.pooled_second_moment(), pooled, rtol=1e-5, atol=1e-5)
+    order = torch.randperm(600, generator=generator)
+    moments.reorder_(torch.stack([order, order]))
+    sorted_inputs = inputs[:, order].double()
+    torch.testing.assert_close(moments.outer_sum[1].double(), sorted_inputs.T @ sorted_inputs, rtol=1e-5, atol=1e-5)
+
+
 def test_few_tokens_are_shrunk_toward_the_pool():
     generator = torch.Generator().manual_seed(0)
     rare, common = torch.randn(2, 5, generator=generator), torch.randn(98, 5, generator=generator)

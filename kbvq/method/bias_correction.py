@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kbvq.method.quadratic_form import quadratic_forms
+
 SLOPE_LIMITS = (0.2, 5.0)
 """Bounds on 1 + s. The paper has none; a channel outside them has next to no variance to match. The bias is
 computed with the slope as bounded, so that the mean is met in any case."""
@@ -29,14 +31,10 @@ def output_moments(weight: Tensor, second_moment: Tensor, mean: Tensor) -> tuple
     """Mean and standard deviation of each output channel of y = W x.
 
     weight [out_features, in_features], second_moment E[x xᵀ] [in_features, in_features], mean E[x] [in_features].
-    Returns (mean [out_features], standard deviation [out_features]), float32. The moment is centred in float64,
-    where the difference of two like matrices is harmless; the products that follow have no cancellation.
+    Returns (mean [out_features], standard deviation [out_features]), float32.
     """
-    mean = mean.double()
-    covariance = (second_moment.double() - torch.outer(mean, mean)).float()
-    weight = weight.float()
-    variance = ((weight @ covariance) * weight).sum(1)
-    return weight @ mean.float(), variance.clamp_min(0).sqrt()
+    variance = quadratic_forms(weight, second_moment, mean)
+    return weight.float() @ mean.float(), variance.clamp_min(0).sqrt()
 
 
 def bias_correction(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

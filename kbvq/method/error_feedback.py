@@ -19,6 +19,8 @@ from kbvq.codes.codebooks import Codebook, FeedbackBlock, Refit
 from kbvq.errors import NumericalError
 
 _BLOCK = 128  # channels whose feedback from earlier blocks is computed in one product, as in GPTQ
+_INVERTED = 512  # columns of a triangular inverse solved for at once
+_SIMULATED = 512  # rows of errors
 
 
 def upper_factor(second_moment: Tensor, damping: float) -> Tensor:
@@ -27,13 +29,13 @@ def upper_factor(second_moment: Tensor, damping: float) -> Tensor:
     second_moment: [..., n, n] symmetric positive semidefinite. Factorised in float64. Returns [..., n, n] float32.
     Raises NumericalError when it cannot be factorised even so.
     """
-    moment = second_moment.double()
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    damped = moment + (damping * mean)[..., None, None] * torch.eye(moment.shape[-1], device=moment.device)
-    factor, failed = torch.linalg.cholesky_ex(damped.flip(-1, -2))
+    moment = second_moment.flip(-1, -2).double()
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    diagonal += damping * diagonal.mean(-1, keepdim=True)
+    factor, failed = torch.linalg.cholesky_ex(moment)
     if failed.any():
         raise NumericalError("the second moment of the inputs is not positive definite; use more calibration tokens")
-    return factor.flip(-1, -2).float()
+    return factor.float().flip(-1, -2)
 
 
 def channel_order(second_moment: Tensor, vector_dim: int) -> Tensor:
@@ -52,8 +54,14 @@ def error_passing(factor: Tensor) -> Tensor:
 
     factor: M, upper triangular, [n, n]. Returns [n, n].
     """
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), device=factor.device), upper=True)
-    return inverse.square_().mul_(factor.diagonal().square()[:, None]).triu_(1)
+    passing, squares = torch.zeros_like(factor), factor.diagonal().square()[:, None]
+    for start in range(0, len(factor), _INVERTED):  # a column of M⁻¹ takes no more than the rows down to its diagonal
+        stop = min(start + _INVERTED, len(factor))
+        columns = factor.new_zeros(stop, stop - start)
+        columns[start:].fill_diagonal_(1)
+        inverse = torch.linalg.solve_triangular(factor[:stop, :stop], columns, upper=True)
+        torch.mul(inverse.square_(), squares[:stop], out=passing[:stop, start:stop])
+    return passing.triu_(1)
 
 
 def target_variances(passing: Tensor, variances: Tensor, distortion: float) -> Tensor:
@@ -70,6 +78,26 @@ def target_variances(passing: Tensor, variances: Tensor, distortion: float) -> T
     unit_lower = passing.mT * -distortion  # its diagonal counts as ones: V = variances + distortion · passingᵀ V
     columns = variances.view(len(variances), -1)
     return torch.linalg.solve_triangular(unit_lower, columns, upper=False, unitriangular=True).view_as(variances)
+
+
+def simulated_target_variances(factor: Tensor, variances: Tensor, distortion: float, seed: int = 0) -> Tensor:
+    """As `target_variances` of M, from _SIMULATED rows of white errors that are passed on: right within 6 % (one
+    standard deviation), for n² operations a row instead of n³/3.
+
+    factor: M, upper triangular, [n, n]. variances: of the weights in the same order, [n]. Returns [n].
+    """
+    n = len(factor)
+    white = torch.randn(_SIMULATED, n, generator=torch.Generator().manual_seed(seed)).to(factor.device)
+    error, found = torch.empty_like(white), torch.empty_like(variances)
+    for start in range(0, n, _BLOCK):
+        block = slice(start, min(start + _BLOCK, n))
+        own = factor[block, block]
+        carried = error[:, :start] @ factor[:start, block]
+        arriving = torch.linalg.solve_triangular(own, carried, upper=True, left=False).square_().mean(0)
+        found[block] = target_variances(error_passing(own), variances[block] + arriving, distortion)
+        coordinates = white[:, block] * (distortion * found[block]).sqrt() * own.diagonal()
+        error[:, block] = torch.linalg.solve_triangular(own, coordinates - carried, upper=True, left=False)
+    return found
 
 
 def encode_with_feedback(

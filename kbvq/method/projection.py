@@ -95,7 +95,7 @@ def quantize_projection(
         factors = Factors(student, recipe, format.vector_dim, team.share(len(weights)), make)
     if format.has_column_scale and factors is not None:
         columns = column_scales(
-            residual, recipe, recipe.distortion(format), scale=scale, moments=student, factors=factors, team=team
+            residual, recipe.distortion(format), scale=scale, mass=student.mass, factors=factors, team=team
         )
         tensors["column_scale"] = columns.half()
     if format.rank:

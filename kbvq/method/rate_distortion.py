@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from kbvq.method.quadratic_form import quadratic_forms
+
 
 def row_moment(rows: Tensor) -> Tensor:
     """Second moment of weight rows with its off-diagonal part shrunk, [in_features, in_features] float64.
@@ -69,8 +71,7 @@ def shannon_distortion(spectrum: Tensor, bits_per_weight: float) -> float:
 def weighted_error(difference: Tensor, second_moment: Tensor) -> float:
     """tr(Δ H Δᵀ) / out_features: squared output error per row. difference Δ [out_features, in_features], H symmetric
     positive semidefinite; products in float32, their sum in float64."""
-    difference = difference.float()
-    return ((difference @ second_moment.float()) * difference).sum(dtype=torch.float64).item() / len(difference)
+    return quadratic_forms(difference, second_moment).sum(dtype=torch.float64).item() / len(difference)
 
 
 def bits_above_limit(distortion: float, limit: float) -> float:

@@ -20,8 +20,7 @@ from kbvq.codes.residual_quantization import fit_residual_codebooks
 from kbvq.method.error_feedback import (
     channel_order,
     encode_with_feedback,
-    error_passing,
-    target_variances,
+    simulated_target_variances,
     upper_factor,
 )
 from kbvq.method.team import ALONE, Team, gather
@@ -32,8 +31,13 @@ CODED_AT_ONCE = 1 << 27
 """Weights of as many experts as have so many are coded together: it takes several copies of them."""
 
 EXPERTS_FOR_SCALES = 4
-"""Experts whose targets decide a projection's column scales: those with most energy. All have the same scales, and each
-costs a triangular inverse, and with vectors a factorisation of its own."""
+"""Experts whose targets decide a projection's column scales: those with most energy. All have the same scales."""
+
+_REFIT_VECTORS = 1024
+"""Vectors per codeword by which a table that all experts share is refitted, where k-means draws a subset as well: of
+evenly spaced rows."""
+
+_LEAST_REFIT_ROWS = 64  # of an expert; its signs are tabulated anew for each group, whatever the rows
 
 _NETWORK_EPOCHS = 2  # of training before error feedback: what follows it moves the network more
 
@@ -56,7 +60,7 @@ class Factors:
     """M of the inputs of each expert of this process (error_feedback), channels in coding order: made where they are
     asked for, and kept for as long as somebody holds them.
 
-    order: [in_features]. experts: those of this process. make: `stacked`.
+    order: [in_features], vectors of vector_dim kept whole. experts: those of this process. make: `stacked`.
     """
 
     def __init__(
@@ -68,12 +72,7 @@ class Factors:
         make: MakeZeros = torch.zeros,
     ) -> None:
         self.order, self.experts = channel_order(moments.pooled_second_moment(), vector_dim), experts
-        self.vector_dim, self._moments, self._recipe, self._make = vector_dim, moments, recipe, make
-
-    def of(self, expert: int) -> Tensor:
-        """[in_features, in_features] float32."""
-        second_moment, _ = self._moments.expert_moments(expert, self._recipe.prior_tokens)
-        return upper_factor(second_moment[self.order][:, self.order], self._recipe.damping)
+        self._moments, self._recipe, self._make = moments, recipe, make
 
     @cached_property
     def stacked(self) -> Tensor:
@@ -81,46 +80,42 @@ class Factors:
         n = len(self.order)
         stacked = self._make(len(self.experts), n, n, device=self.order.device)
         for place, expert in enumerate(self.experts):
-            stacked[place] = self.of(expert)
+            second_moment, _ = self._moments.expert_moments(expert, self._recipe.prior_tokens)
+            stacked[place] = upper_factor(second_moment[self.order][:, self.order], self._recipe.damping)
         return stacked
 
 
 def column_scales(
     weights: Tensor,
-    recipe: Recipe,
     distortion: float,
     *,
     scale: Tensor,
-    moments: InputMoments,
+    mass: Tensor,
     factors: Factors,
     team: Team = ALONE,
 ) -> Tensor:
     """Deviation of each channel's targets in error feedback, behind the row scales: [in_features] float32, rounded to
     float16. One codebook then suits the first channels and the last.
 
-    weights: [num_experts, out_features, in_features]. scale: [num_experts, out_features]. moments: of the inputs.
-    factors: of them; where vectors are coded, channels are taken one by one here all the same. distortion: of the code
-    (Recipe.distortion).
+    weights: [num_experts, out_features, in_features]. scale: [num_experts, out_features]. mass: of the inputs of each
+    expert, [num_experts]. factors: of the inputs; where vectors are coded, channels are counted one by one all the
+    same. distortion: of the code (Recipe.distortion).
     """
-    single = factors.vector_dim == 1
-    if not single:
-        factors = Factors(moments, recipe, 1, factors.experts)
     order = factors.order
-    heaviest = (scale.square().sum(1) * moments.mass).topk(min(len(scale), EXPERTS_FOR_SCALES))
+    heaviest = (scale.square().sum(1) * mass).topk(min(len(scale), EXPERTS_FOR_SCALES))
     energies = dict(zip(heaviest.indices.tolist(), heaviest.values.tolist(), strict=True))
     variances = weights.new_zeros(len(factors.experts), len(order))
     for place, expert in enumerate(factors.experts):
         if expert not in energies:
             continue
-        factor = factors.stacked[place] if single else factors.of(expert)
         own = (weights[expert][:, order] / scale[expert, :, None]).square().mean(0)
-        variances[place] = target_variances(error_passing(factor), own, distortion)
-    gathered, mass = gather(team, variances, len(weights)), sum(energies.values())
+        variances[place] = simulated_target_variances(factors.stacked[place], own, distortion)
+    gathered, total = gather(team, variances, len(weights)), sum(energies.values())
     variances = sum(
         (energy * gathered[expert] for expert, energy in energies.items()), start=torch.zeros_like(weights[0, 0])
     )
     smallest = torch.finfo(torch.float16).smallest_normal
-    deviations = (variances / max(mass, 1e-30)).sqrt() if mass else torch.ones_like(variances)
+    deviations = (variances / max(total, 1e-30)).sqrt() if total else torch.ones_like(variances)
     return deviations[order.argsort()].clamp_min(smallest).half().float()
 
 
@@ -243,9 +238,15 @@ def _encode_in_order(
 
     def encode(group: range, refit: Refit | None = None) -> Tensor:
         own = slice(group.start, group.stop)
-        ordered = (weights[own] / column_scale)[..., order]
-        return encode_with_feedback(ordered, factor[own.start - first : own.stop - first], codebook, scale[own], refit)
+        rows = slice(None, None, 1 if refit is None else step)
+        ordered = (weights[own, rows] / column_scale)[..., order]
+        of_group = factor[own.start - first : own.stop - first]
+        return encode_with_feedback(ordered, of_group, codebook, scale[own, rows], refit)
 
+    step = 1
+    if isinstance(codebook, TableCodebook) and len(codebook.tables) == 1 and recipe.max_vectors_per_codeword:
+        enough = weights.numel() // (_REFIT_VECTORS * codebook.tables.numel())
+        step = max(1, min(enough, weights.shape[1] // _LEAST_REFIT_ROWS))
     for _ in range(recipe.refits):
         refit = codebook.refit()
         if refit is None:

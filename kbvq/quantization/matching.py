@@ -157,7 +157,7 @@ def _run(
     idle: bool = False,
 ) -> Matched:
     bytes_each = {
-        module: 4 * sum(sums[0].numel() for sums in (matched[bank][0].outer_sum, matched[bank][1].cross_sum))
+        module: 4 * sum(sums[0].numel() for sums in (matched[bank][0].upper_sum, matched[bank][1].cross_sum))
         for bank, module in observed.items()
     }
     with recording(observed.values(), idle=idle):
