@@ -50,7 +50,7 @@ _SPILLED = ("statistics", "factors")  # what of the experts goes to the disk whe
 _CODED_WIDTH = 256  # of the projection on which the time of coding is measured
 # At that width next to nothing, at 2048 most of what fast takes: operations of an expert's factorisations by its inputs
 # cubed, and of its error feedback and corrections by inputs squared times outputs (eval/speed_benchmark.py).
-_FACTORS, _CORRECTIONS = 10, 8
+_FACTORS, _CORRECTIONS = 2, 10
 _READ_RATE = 1e9  # bytes per second of a disk, assumed
 _READS = 4  # times that the stored weights are read: hash, check, measure, quantize
 
