@@ -9,6 +9,7 @@ from pathlib import Path
 
 import continuations
 import dense_table
+import fitted_text
 import generation_speed
 import pytest
 import real_table
@@ -103,6 +104,29 @@ def test_continuations_are_those_of_each_model(tmp_path):
         assert tiny_tokenizer().decode(ids[-6:], skip_special_tokens=True) == text
     table = continuations.markdown(("w5 w6", "w7"), {"original": texts, "2.25 bits": ["a\nb", "c"]})
     assert "**w5 w6** …\n\n- original: … " in table and "- 2.25 bits: … a ⏎ b\n" in table
+
+
+def test_fitted_text_scores_the_windows_of_the_calibration_and_others(tmp_path, text, monkeypatch, capsys):
+    save_tiny_model(tmp_path / "model", "mixtral", dtype=torch.float32)
+    unseen = tmp_path / "unseen.txt"
+    unseen.write_text(" ".join(text.read_text().split()[::-1]))
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    changed.model.norm.weight.data.mul_(1.3)
+    changed.save_pretrained(tmp_path / "changed")
+
+    def divergences(checkpoint):
+        arguments = ["--original", tmp_path / "model", "--checkpoint", checkpoint, "--calibration", text, "--unseen"]
+        arguments += [unseen, "--samples", 4, "--length", 16, "--windows", 3]
+        monkeypatch.setattr(sys, "argv", ["fitted_text.py", *map(str, arguments)])
+        fitted_text.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in lines] == ["calibrated on", "unseen"]
+        assert all(line.endswith("48 tokens") for line in lines)
+        return [float(line.split()[-5]) for line in lines]
+
+    assert divergences(tmp_path / "model") == [0, 0]
+    fitted, other = divergences(tmp_path / "changed")
+    assert fitted > 0 and other > 0 and fitted != other
 
 
 def test_table_of_dense_bits_is_that_of_the_rows_that_are_kept():
