@@ -22,7 +22,7 @@ from torch import Tensor
 from kbvq.method.team import ALONE, Team, gather
 from kbvq.structures import InputMoments, MakeZeros
 
-RIDGE = 0.01
+RIDGE = 0.04
 """Pull toward the original weights, as a fraction of the mean second moment of the inputs, with plenty of tokens."""
 
 TOKENS_PER_CHANNEL = 160.0
