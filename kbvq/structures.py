@@ -498,7 +498,7 @@ class InputMoments:
 
     def __add__(self, other: InputMoments) -> InputMoments:
         return InputMoments(
-            self.outer_sum + other.outer_sum,
+            self.upper_sum + other.upper_sum,
             self.input_sum + other.input_sum,
             self.tokens + other.tokens,
             self.weight_sum + other.weight_sum,
@@ -519,14 +519,15 @@ class InputMoments:
         routing_weights: [tokens]. by_routing: weight each token by its squared routing weight instead of by one.
         token_weights: [tokens], further factors. Returns the weights that the tokens had, [tokens] float32.
         """
-        self._changed()
+        for derived in ("outer_sum", "_pooled"):
+            self.__dict__.pop(derived, None)
         inputs, routing_weights = inputs.float(), routing_weights.float()
         weights = routing_weights.square() if by_routing else torch.ones_like(routing_weights)
         if token_weights is not None:
             weights = weights * token_weights
         weighted = inputs * weights[:, None]
         own = self.upper_sum[expert]
-        for columns in _column_blocks(inputs.shape[1]):
+        for columns in blocks(inputs.shape[1], _COLUMNS):
             own[: columns.stop, columns].addmm_(weighted[:, : columns.stop].T, inputs[:, columns])
         self.input_sum[expert] += weighted.sum(0)
         self.tokens[expert] += len(inputs)
@@ -536,22 +537,17 @@ class InputMoments:
 
     def reorder_(self, order: Tensor) -> None:
         """Put the channels of each expert in an order of its own; order: [num_experts, in_features] int64."""
-        outer_sums = self.outer_sum
-        self._changed()
-        for outer_sum, input_sum, own in zip(outer_sums, self.input_sum, order, strict=True):
+        self.__dict__.pop("_pooled", None)
+        for outer_sum, input_sum, own in zip(self.outer_sum, self.input_sum, order, strict=True):
             outer_sum.copy_(outer_sum[own][:, own])
             input_sum.copy_(input_sum[own])
-
-    def _changed(self) -> None:
-        for derived in ("outer_sum", "_pooled"):
-            self.__dict__.pop(derived, None)
 
     @functools.cached_property
     def outer_sum(self) -> Tensor:
         """[num_experts, in_features, in_features] float32, sum of x xᵀ: upper_sum, completed in place."""
         # The product of a batch has twice the operations that its symmetry leaves; below the diagonal is written once.
         for own in self.upper_sum:
-            for columns in _column_blocks(own.shape[1]):
+            for columns in blocks(own.shape[1], _COLUMNS):
                 own[columns.stop :, columns] = own[columns, columns.stop :].T
         return self.upper_sum
 
@@ -585,11 +581,11 @@ class InputMoments:
         )
 
 
-def _column_blocks(n: int) -> list[slice]:
-    """Of n columns, in which products that are symmetric are computed."""
-    return [slice(start, min(start + _COLUMNS, n)) for start in range(0, n, _COLUMNS)]
+def blocks(n: int, size: int) -> list[slice]:
+    """Of n channels, `size` in each but the last."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-_COLUMNS = 256
+_COLUMNS = 256  # in one product of those that are symmetric
 _LEAST_MASS = 1e-12
 _SUMMED_AT_ONCE = 1 << 28  # numbers

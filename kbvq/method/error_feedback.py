@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kbvq.codes.codebooks import Codebook, FeedbackBlock, Refit
 from kbvq.errors import NumericalError
+from kbvq.structures import blocks
 
 _BLOCK = 128  # channels whose feedback from earlier blocks is computed in one product, as in GPTQ
 _INVERTED = 512  # columns of a triangular inverse solved for at once
@@ -55,12 +56,12 @@ def error_passing(factor: Tensor) -> Tensor:
     factor: M, upper triangular, [n, n]. Returns [n, n].
     """
     passing, squares = torch.zeros_like(factor), factor.diagonal().square()[:, None]
-    for start in range(0, len(factor), _INVERTED):  # a column of M⁻¹ takes no more than the rows down to its diagonal
-        stop = min(start + _INVERTED, len(factor))
-        columns = factor.new_zeros(stop, stop - start)
-        columns[start:].fill_diagonal_(1)
-        inverse = torch.linalg.solve_triangular(factor[:stop, :stop], columns, upper=True)
-        torch.mul(inverse.square_(), squares[:stop], out=passing[:stop, start:stop])
+    for columns in blocks(len(factor), _INVERTED):  # of M⁻¹, which take no more than the rows down to the diagonal
+        stop = columns.stop
+        identity = factor.new_zeros(stop, stop - columns.start)
+        identity[columns].fill_diagonal_(1)
+        inverse = torch.linalg.solve_triangular(factor[:stop, :stop], identity, upper=True)
+        torch.mul(inverse.square_(), squares[:stop], out=passing[:stop, columns])
     return passing.triu_(1)
 
 
@@ -80,19 +81,18 @@ def target_variances(passing: Tensor, variances: Tensor, distortion: float) -> T
     return torch.linalg.solve_triangular(unit_lower, columns, upper=False, unitriangular=True).view_as(variances)
 
 
-def simulated_target_variances(factor: Tensor, variances: Tensor, distortion: float, seed: int = 0) -> Tensor:
+def simulated_target_variances(factor: Tensor, variances: Tensor, distortion: float) -> Tensor:
     """As `target_variances` of M, from _SIMULATED rows of white errors that are passed on: right within 6 % (one
     standard deviation), for n² operations a row instead of n³/3.
 
     factor: M, upper triangular, [n, n]. variances: of the weights in the same order, [n]. Returns [n].
     """
     n = len(factor)
-    white = torch.randn(_SIMULATED, n, generator=torch.Generator().manual_seed(seed)).to(factor.device)
+    white = torch.randn(_SIMULATED, n, generator=torch.Generator().manual_seed(0)).to(factor.device)
     error, found = torch.empty_like(white), torch.empty_like(variances)
-    for start in range(0, n, _BLOCK):
-        block = slice(start, min(start + _BLOCK, n))
+    for block in blocks(n, _BLOCK):
         own = factor[block, block]
-        carried = error[:, :start] @ factor[:start, block]
+        carried = error[:, : block.start] @ factor[: block.start, block]
         arriving = torch.linalg.solve_triangular(own, carried, upper=True, left=False).square_().mean(0)
         found[block] = target_variances(error_passing(own), variances[block] + arriving, distortion)
         coordinates = white[:, block] * (distortion * found[block]).sqrt() * own.diagonal()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kbvq.structures import blocks
+
 _BLOCK = 256  # columns of H in one product
 
 
@@ -19,11 +21,11 @@ def quadratic_forms(rows: Tensor, second_moment: Tensor, mean: Tensor | None = N
     rows, second_moment = rows.float(), second_moment.float()
     mean = None if mean is None else mean.double()
     total = rows.new_zeros(len(rows))
-    for start in range(0, rows.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, rows.shape[1])
-        block = second_moment[:stop, start:stop]
+    for columns in blocks(rows.shape[1], _BLOCK):
+        start, stop = columns.start, columns.stop
+        block = second_moment[:stop, columns]
         if mean is not None:
-            block = (block.double() - torch.outer(mean[:stop], mean[start:stop])).float()
-        product = (rows[:, :start] @ block[:start]).mul_(2).addmm_(rows[:, start:stop], block[start:])
-        total += product.mul_(rows[:, start:stop]).sum(1)
+            block = (block.double() - torch.outer(mean[:stop], mean[columns])).float()
+        product = (rows[:, :start] @ block[:start]).mul_(2).addmm_(rows[:, columns], block[start:])
+        total += product.mul_(rows[:, columns]).sum(1)
     return total

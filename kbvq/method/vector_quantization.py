@@ -220,6 +220,15 @@ def _fit_network(
     return NetworkCodebook(format, network)
 
 
+def _refit_step(weights: Tensor, codebook: Codebook, recipe: Recipe) -> int:
+    """Of so many rows one is coded for a refit. Tables of single experts and networks take all; a network draws its own
+    sample."""
+    if not isinstance(codebook, TableCodebook) or len(codebook.tables) > 1 or not recipe.max_vectors_per_codeword:
+        return 1
+    enough = weights.numel() // (_REFIT_VECTORS * codebook.tables.numel())
+    return max(1, min(enough, weights.shape[1] // _LEAST_REFIT_ROWS))
+
+
 def _encode_in_order(
     weights: Tensor,
     codebook: Codebook,
@@ -243,10 +252,7 @@ def _encode_in_order(
         of_group = factor[own.start - first : own.stop - first]
         return encode_with_feedback(ordered, of_group, codebook, scale[own, rows], refit)
 
-    step = 1
-    if isinstance(codebook, TableCodebook) and len(codebook.tables) == 1 and recipe.max_vectors_per_codeword:
-        enough = weights.numel() // (_REFIT_VECTORS * codebook.tables.numel())
-        step = max(1, min(enough, weights.shape[1] // _LEAST_REFIT_ROWS))
+    step = _refit_step(weights, codebook, recipe)
     for _ in range(recipe.refits):
         refit = codebook.refit()
         if refit is None:

@@ -100,7 +100,7 @@ class ObservedBank(nn.Module):
 
         moments: of the inputs of down_proj. Returns the order, [num_experts, intermediate_size] int64.
         """
-        order = moments.outer_sum.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        order = moments.upper_sum.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
         order = order.unflatten(1, (vector_dim, -1)).mT.flatten(1)
         gate_up, down = self.weights["gate_up_proj"], self.weights["down_proj"]
         gated = gate_up.shape[1] == 2 * order.shape[1]

@@ -401,7 +401,7 @@ def _coding_bytes(bank: ExpertBank, projection: str, recipe: Recipe) -> int:
         )  # scaled; later indices of 8 bytes for every vector, and once more as they are put together
     # Without the shared basis; of that once more while it is replaced by the one as stored.
     copies = max(3 * copy * has_basis, copy * has_basis + together)
-    # One expert's factor is made in float64: its moment, damped, flipped, and factorised.
+    # One expert's factor is made in float64, and the moment and the factor are there in float32 too.
     return copies + 8 * 4 * inputs**2
 
 
