@@ -178,6 +178,19 @@ def test_divergence_is_the_mean_kl_of_the_predictions():
     assert all(abs(found[i] - expected(other)) < 1e-5 for i, other in enumerate(others))
 
 
+def test_a_small_divergence_over_a_large_vocabulary_is_not_lost_in_rounding():
+    generator = torch.Generator().manual_seed(1)
+    head = 4 * torch.randn(16, 49152, generator=generator)
+    reference = torch.randn(2, 8, 16, generator=generator)
+    other = reference + 1e-3 * torch.randn(reference.shape, generator=generator)
+    log_p, log_q = ((states.double() @ head.double()).log_softmax(-1) for states in (reference, other))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert expected < 5e-5
+    found = divergences(lambda states: states @ head, reference, {0: other, 1: reference})
+    assert found[1] == 0
+    assert abs(found[0] - expected) < 0.05 * expected
+
+
 def test_super_experts_stand_far_above_all_others():
     generator = torch.Generator().manual_seed(0)
     peaks = {f"layer {i}": 1 + torch.rand(64, generator=generator) for i in range(8)}
