@@ -109,6 +109,8 @@ class Recipe:
     error_feedback: code the channels in turn, each for the errors made before it, under the second moments of each
         expert's inputs (error_feedback), with the codebooks refitted `refits` times to the weighted error.
     damping: added to the diagonal of a second moment there, as a fraction of its mean.
+    sampling_damping: added beside it, in medians of the diagonal, is so many times channels / tokens of the expert: the
+        fewer tokens, the less their correlations are those of other text.
     routing_weighted: a token counts in the moments by its squared routing weight.
     matching: code the weights that give the original's outputs on the quantized model's inputs, instead of the original
         ones, and take back what the residual stream lacks by then (target_weights, quantization.matching).
@@ -139,6 +141,7 @@ class Recipe:
     error_feedback: bool = False
     refits: int = 2
     damping: float = 0.01
+    sampling_damping: float = 0.0
     routing_weighted: bool = False
     matching: bool = False
     tuning_steps: int = 0
@@ -284,6 +287,7 @@ _FAST: dict[str, object] = {
     "error_feedback": True,
     "refits": 1,
     "damping": 0.003,
+    "sampling_damping": 2.0,
     "routing_weighted": True,
     "matching": True,
     "kmeans_iterations": 20,

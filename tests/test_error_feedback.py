@@ -11,6 +11,8 @@ from kbvq.method.error_feedback import (
     target_variances,
     upper_factor,
 )
+from kbvq.method.vector_quantization import expert_factor
+from kbvq.recipes import make_recipe
 from kbvq.structures import ProjectionFormat
 from kbvq_kernels import encode as compiled
 
@@ -67,6 +69,45 @@ def test_factor_is_upper_triangular_and_squares_to_the_damped_moment():
     mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
     damped = moments.double() + 0.01 * mean[:, None, None].double() * torch.eye(IN)
     torch.testing.assert_close(factor.double() @ factor.double().mT, damped, rtol=1e-4, atol=1e-5)
+
+
+def test_a_massive_channel_does_not_decide_the_damping_against_sampling_error():
+    _, moments, _, _ = problem()
+    massive = moments.clone()
+    massive[:, 0, 0] += 1e4 * moments.diagonal(dim1=-2, dim2=-1).mean()
+    added = upper_factor(massive, 0.0, 0.5).double()
+    median = massive.diagonal(dim1=-2, dim2=-1).sort(-1).values[:, (IN - 1) // 2]
+    expected = massive.double() + 0.5 * median[:, None, None].double() * torch.eye(IN)
+    torch.testing.assert_close(added @ added.mT, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_damping_by_the_number_of_tokens_lowers_the_error_on_other_tokens():
+    """Twice as many tokens as channels."""
+    generator = torch.Generator().manual_seed(1)
+    weights, _, codebook, scale = problem()
+    roots = torch.randn(EXPERTS, IN, 4 * IN, generator=generator) * torch.logspace(0, -1, 4 * IN)
+    moments, tokens = roots @ roots.mT / IN, 2 * IN
+    mixing = torch.linalg.cholesky(moments)
+    inputs = torch.randn(EXPERTS, tokens, IN, generator=generator) @ mixing.mT
+    sampled = inputs.mT @ inputs / tokens
+
+    def error(**damping):
+        recipe = make_recipe("fast", 2, **damping)
+        factor = torch.stack([expert_factor(moment, tokens, recipe) for moment in sampled])
+        codes = encode(weights, factor, codebook, scale)
+        return weighted_error(weights - decode(codes, codebook, scale), moments)
+
+    assert error() < 0.93 * error(sampling_damping=0.0)
+
+
+def test_an_expert_without_tokens_is_damped_within_bounds():
+    recipe = make_recipe("fast", 2)
+    _, moments, _, _ = problem()
+    none, few = (expert_factor(moments[0], tokens, recipe).double() for tokens in (0, 2 * IN))
+    plain = (moments[0] + recipe.damping * moments[0].diagonal().mean() * torch.eye(IN)).double()
+    median = moments[0].diagonal().median().double()
+    torch.testing.assert_close(none @ none.T, plain + median * torch.eye(IN), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(few @ few.T, plain + median * torch.eye(IN), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("search")

@@ -24,15 +24,19 @@ _INVERTED = 512  # columns of a triangular inverse solved for at once
 _SIMULATED = 512  # rows of errors
 
 
-def upper_factor(second_moment: Tensor, damping: float) -> Tensor:
-    """M, upper triangular, with M Mᵀ = H + damping · mean(diag H) · I.
+def upper_factor(second_moment: Tensor, damping: float, sampling_damping: float = 0.0) -> Tensor:
+    """M, upper triangular, with M Mᵀ = H + (damping · mean(diag H) + sampling_damping · median(diag H)) · I.
 
+    The median: a channel of massive activations owns the mean, and has no part in the sampling error of the others.
     second_moment: [..., n, n] symmetric positive semidefinite. Factorised in float64. Returns [..., n, n] float32.
     Raises NumericalError when it cannot be factorised even so.
     """
     moment = second_moment.flip(-1, -2).double()
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    diagonal += damping * diagonal.mean(-1, keepdim=True)
+    added = damping * diagonal.mean(-1, keepdim=True)
+    if sampling_damping:
+        added = added + sampling_damping * diagonal.median(-1, keepdim=True).values
+    diagonal += added
     factor, failed = torch.linalg.cholesky_ex(moment)
     if failed.any():
         raise NumericalError("the second moment of the inputs is not positive definite; use more calibration tokens")

@@ -33,6 +33,8 @@ CODED_AT_ONCE = 1 << 27
 EXPERTS_FOR_SCALES = 4
 """Experts whose targets decide a projection's column scales: those with most energy. All have the same scales."""
 
+_MAX_SAMPLING_DAMPING = 1.0  # of an expert that hardly any token reached: its moments are mostly those of all experts
+
 _REFIT_VECTORS = 1024
 """Vectors per codeword by which a table that all experts share is refitted, where k-means draws a subset as well: of
 evenly spaced rows."""
@@ -79,10 +81,18 @@ class Factors:
         """Of all experts of this process, [experts, in_features, in_features]."""
         n = len(self.order)
         stacked = self._make(len(self.experts), n, n, device=self.order.device)
+        tokens = self._moments.tokens.tolist()
         for place, expert in enumerate(self.experts):
             second_moment, _ = self._moments.expert_moments(expert, self._recipe.prior_tokens)
-            stacked[place] = upper_factor(second_moment[self.order][:, self.order], self._recipe.damping)
+            stacked[place] = expert_factor(second_moment[self.order][:, self.order], tokens[expert], self._recipe)
         return stacked
+
+
+def expert_factor(second_moment: Tensor, tokens: int, recipe: Recipe) -> Tensor:
+    """M of an expert's inputs (error_feedback), [in_features, in_features] float32, damped as the recipe says for a
+    second moment of so many tokens."""
+    sampled = recipe.sampling_damping * len(second_moment) / max(1, tokens)
+    return upper_factor(second_moment, recipe.damping, min(sampled, _MAX_SAMPLING_DAMPING))
 
 
 def column_scales(

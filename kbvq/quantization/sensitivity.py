@@ -19,9 +19,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from kbvq.method.error_feedback import channel_order, error_passing, target_variances, upper_factor
+from kbvq.method.error_feedback import channel_order, error_passing, target_variances
 from kbvq.method.shared_basis import shared_low_rank
-from kbvq.method.vector_quantization import row_scales
+from kbvq.method.vector_quantization import expert_factor, row_scales
 from kbvq.models.calibration import LayerRunner, observe_banks, run_and_watch
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.recipes import CODES, Recipe
@@ -226,9 +226,11 @@ def noise_law(
     n = weights.shape[2]
     factors = make(len(weights), n, n, device=weights.device)
     deviations: dict[int, list[Tensor]] = {rate: [] for rate in probed}
+    tokens = moments.tokens.tolist()
     for expert in range(len(weights)):
         second_moment, mean = moments.expert_moments(expert, recipe.prior_tokens)
-        factors[expert] = factor = upper_factor(second_moment[order][:, order], recipe.damping)
+        factor = expert_factor(second_moment[order][:, order], tokens[expert], recipe)
+        factors[expert] = factor
         passing, diagonal = error_passing(factor), factor.diagonal().square()
         variances_of_rank, masses = [], []
         for rank in residuals.ranks:
