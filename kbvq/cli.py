@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--idre",
         action=argparse.BooleanOptionalAction,
-        help="shared low-rank basis (default: in the recipe paper only); under a budget its rank is chosen, 0 included",
+        help="shared low-rank basis (default: yes); under a budget its rank is chosen, 0 included",
     )
     quantize.add_argument("--no-klt", dest="klt", action="store_false", help="shared basis by plain SVD")
     quantize.add_argument("--no-bcos", dest="bcos", action="store_false", help="no output scale and bias correction")
