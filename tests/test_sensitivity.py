@@ -75,6 +75,26 @@ def test_growth_says_what_a_shared_basis_saves():
         assert 0.7 < saved / (made[1] / made[0]) < 1.4
 
 
+def test_weights_out_of_reach_on_a_heavy_channel_are_foreseen_and_a_shared_basis_takes_them():
+    """As in layers with massive activations: one channel has most of the energy, and there a row has a weight of 12
+    deviations."""
+    recipe = make_recipe("default", 2, bcos=False, prior_tokens=0.0, sampling_damping=0.0)
+    weights, moments = problem()
+    weights[:, 7, 5] = 0.6
+    for columns in (moments.upper_sum[:, 5], moments.upper_sum[:, :, 5]):
+        columns.mul_(30)
+    law = noise_law(weights, moments, recipe, (2, 3))
+    noise = law.noise(law.white(torch.Generator().manual_seed(1)), 2)
+    lowest = sum(weighted_error(noise[e], moments.expert_moments(e, 0.0)[0]) for e in range(EXPERTS))
+    made = [quantization_error(weights, moments, recipe, 3, rank=rank) for rank in (0, 2)]
+    foreseen = [lowest * (law.growth[3, rank] + law.clipped[rank]) for rank in (0, 2)]
+    assert law.clipped[0] > 2 * law.growth[3, 0] > 20 * law.clipped[2]
+    assert all(0.5 < a / b < 2 for a, b in zip(foreseen, made, strict=True))
+    sensitivity = Sensitivity({2: 0.01, 3: 0.003}, law.growth, law.bias_share, law.clipped)
+    assert sensitivity.predict(3, 0, bias=False) > 2 * sensitivity.predict(3, 2, bias=False)
+    assert noise_law(weights, moments, make_recipe("fast", 2), (2, 3)).clipped == {}  # tables are fitted to them
+
+
 def test_bias_share_is_the_constant_part_of_the_error():
     recipe = make_recipe("best", 2, prior_tokens=0.0)
     weights, moments = problem(shift=3.0)

@@ -192,8 +192,8 @@ class Run:
 
     embedded: the embeddings of all windows, [windows, tokens, hidden_size], by the original and by the packed embedding
     (one tensor twice, where that is not packed or not yet); until the model is measured.
-    hidden: the same behind the layers measured so far. disturbed, growth, bias_shares: by (bank, projection), peaks: by
-        bank; see sensitivity.
+    hidden: the same behind the layers measured so far. disturbed, growth, bias_shares, clipped: by (bank, projection),
+        peaks: by bank; see sensitivity.
     formats: of all banks, once they are chosen. budget: the record of that choice.
     teacher, student: activations behind the layers quantized so far. layers: their records. further: the original's
         activations of the windows that are for end-to-end tuning alone, or None.
@@ -248,7 +248,7 @@ class Run:
         elif not self._packs_with_head:
             start |= self._pack_embedding(embedded, None)
         if self.recipe.budget:
-            start |= {"hidden": embedded, "disturbed": {}, "growth": {}, "bias_shares": {}, "peaks": {}}
+            start |= {"hidden": embedded, "disturbed": {}, "growth": {}, "bias_shares": {}, "clipped": {}, "peaks": {}}
         else:
             start |= self._first_activations(start["embedded"])
         return Step(start)
@@ -300,7 +300,7 @@ class Run:
                 rates=probed_rates(self.recipe),
                 seed=self.options.seed + index,
             )
-        found = {name: carry[name] | getattr(probe, name) for name in ("growth", "bias_shares", "peaks")}
+        found = {name: carry[name] | getattr(probe, name) for name in ("growth", "bias_shares", "clipped", "peaks")}
         return Step({**carry, **found, "hidden": probe.outputs, "disturbed": disturbed})
 
     def plan(self, index: int, carry: Carry) -> Step:
@@ -311,7 +311,12 @@ class Run:
             measured = divergences(stream.logits, reference, carry["disturbed"])
         rates = probed_rates(self.recipe)
         sensitivities = {
-            site: Sensitivity({rate: measured[site, rate] for rate in rates}, growth, carry["bias_shares"][site])
+            site: Sensitivity(
+                {rate: measured[site, rate] for rate in rates},
+                growth,
+                carry["bias_shares"][site],
+                carry["clipped"][site],
+            )
             for site, growth in carry["growth"].items()
         }
         plan = budget_plan(stream.banks, self.recipe, sensitivities, carry["peaks"])

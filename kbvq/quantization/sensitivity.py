@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -65,11 +65,14 @@ class Sensitivity:
         probed rate, which has rank 0. Low rates grow faster than their distortion, because error feedback then feeds
         back more.
     bias_share: share of the error of its outputs that is constant over tokens, which a bias takes away.
+    clipped: by rank of the shared basis, the energy of what its codes cannot reach, in the same unit and in no probe;
+        empty for codes that reach all. A few weights on massive activations can cost more than all noise.
     """
 
     divergences: dict[int, float]
     growth: dict[tuple[int, int], float]
     bias_share: float
+    clipped: dict[int, float] = field(default_factory=dict)
 
     @property
     def exponent(self) -> float:
@@ -90,19 +93,20 @@ class Sensitivity:
         not, and a rate that is too low would look cheap.
         """
         nearest = min(self.divergences, key=lambda rate: abs(rate - bits))
-        energy = self.growth[bits, rank] * (1 - self.bias_share * bias) / max(self.growth[nearest, 0], 1e-30)
-        beyond = energy > 1 and nearest == min(self.divergences)
-        return self.divergences[nearest] * energy ** (max(self.exponent, 1.0) if beyond else self.exponent)
+        energy = self.growth[bits, rank] * (1 - self.bias_share * bias) + self.clipped.get(rank, 0.0)
+        energy /= max(self.growth[nearest, 0], 1e-30)
+        return self.divergences[nearest] * energy ** (max(self.exponent, 1.0) if energy > 1 else self.exponent)
 
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """outputs: the layer's, [windows, tokens, hidden_size]. growth, bias_shares: of its sites (see Sensitivity). peaks:
-    largest absolute output of each expert by bank, [num_experts] float32."""
+    """outputs: the layer's, [windows, tokens, hidden_size]. growth, bias_shares, clipped: of its sites (see
+    Sensitivity). peaks: largest absolute output of each expert by bank, [num_experts] float32."""
 
     outputs: Tensor
     growth: dict[Site, dict[tuple[int, int], float]]
     bias_shares: dict[Site, float]
+    clipped: dict[Site, dict[int, float]]
     peaks: dict[ExpertBank, Tensor]
 
 
@@ -136,20 +140,20 @@ def probe_layer(
     generator = torch.Generator().manual_seed(seed)
     for probe, states in disturbed.items():
         disturbed[probe] = run.batch(states).cpu()
-    growth, bias_shares = {}, {}
+    growth, bias_shares, clipped = {}, {}, {}
     for bank, module in observed.items():
         for projection in PROJECTIONS:
             weights = module.weights[projection]
             site = bank, projection
             law = noise_law(weights, moments[bank][projection], recipe, rates, make=run.statistics.make)
-            growth[site], bias_shares[site] = law.growth, law.bias_share
+            growth[site], bias_shares[site], clipped[site] = law.growth, law.bias_share, law.clipped
             white = law.white(generator)
             for rate in rates:
                 module.set_(projection, law.noise(white, rate).add_(weights), None)
                 disturbed[site, rate] = run.batch(inputs[:num_probed]).cpu()
             module.set_(projection, weights, None)
             del law, white  # before those of the next projection
-    return LayerProbe(outputs, growth, bias_shares, peaks)
+    return LayerProbe(outputs, growth, bias_shares, clipped, peaks)
 
 
 def divergences(
@@ -188,8 +192,8 @@ def super_experts(peaks: dict[str, Tensor]) -> dict[str, list[int]]:
 class NoiseLaw:
     """The quantization error's law: (W − Ŵ) M = white · deviations, channels in `order`.
 
-    spread: [E, out_features], row scales. factor: [E, n, n] M. deviations: by rate, [E, n]. growth, bias_share: see
-    Sensitivity.
+    spread: [E, out_features], row scales. factor: [E, n, n] M. deviations: by rate, [E, n]. growth, bias_share,
+    clipped: see Sensitivity.
     """
 
     order: Tensor
@@ -198,6 +202,7 @@ class NoiseLaw:
     deviations: dict[int, Tensor]
     growth: dict[tuple[int, int], float]
     bias_share: float
+    clipped: dict[int, float]
 
     def white(self, generator: torch.Generator) -> Tensor:
         """Unit-Gaussian values [E, out_features, n] float32."""
@@ -222,7 +227,7 @@ def noise_law(
     spread = weights.new_empty(weights.shape[:2], dtype=torch.float32)
     # Summed on the device: a GPU would be waited for at every number that the host asks for.
     energy = torch.zeros(len(rates), len(residuals.ranks), dtype=torch.float64, device=weights.device)
-    constant = energy.new_zeros(())
+    constant, cut, reach = energy.new_zeros(()), energy.new_zeros(len(residuals.ranks)), recipe.reach
     n = weights.shape[2]
     factors = make(len(weights), n, n, device=weights.device)
     deviations: dict[int, list[Tensor]] = {rate: [] for rate in probed}
@@ -238,8 +243,13 @@ def noise_law(
             scales = row_scales(residual)
             if not rank:
                 spread[expert] = scales
-            variances_of_rank.append((residual[:, order] / scales[:, None]).square().mean(0))
+            scaled = residual[:, order] / scales[:, None]
+            variances_of_rank.append(scaled.square().mean(0))
             masses.append(scales.square().sum())
+            if math.isfinite(reach):
+                # Channels are coded at their own deviation, and the heaviest ones first, before targets vary more.
+                excess = (scaled.abs_() - reach * variances_of_rank[-1].sqrt()).clamp_min_(0).square_()
+                cut[len(masses) - 1] += moments.mass[expert] * (scales.square() @ excess * diagonal).sum()
         own, mass = torch.stack(variances_of_rank, 1), moments.mass[expert] * torch.stack(masses)  # [n, ranks], [ranks]
         for place, (rate, distortion) in enumerate(rates.items()):
             variances = distortion * diagonal[:, None] * target_variances(passing, own, distortion)
@@ -261,6 +271,7 @@ def noise_law(
         {rate: torch.stack(of_rate) for rate, of_rate in deviations.items()},
         growth={option: of_option / lowest for option, of_option in energies.items()},
         bias_share=constant.item() / lowest,
+        clipped=dict(zip(residuals.ranks, (cut / lowest).tolist(), strict=True)) if math.isfinite(reach) else {},
     )
 
 
