@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from kbvq.codes.packing import dequantize_expert
+from kbvq.codes.trellis import levels
 from kbvq.method.projection import quantize_projection
 from kbvq.method.rate_distortion import weighted_error
 from kbvq.models.calibration import LayerRunner, ObservedBank
@@ -73,6 +74,10 @@ def test_growth_says_what_a_shared_basis_saves():
         assert saved < 0.5 if shared else saved > 0.9
         made = [quantization_error(weights, moments, recipe, 2, rank=rank) for rank in (0, 2)]
         assert 0.7 < saved / (made[1] / made[0]) < 1.4
+
+
+def test_the_reach_of_a_trellis_is_its_last_level():
+    assert abs(make_recipe("default", 2).reach - levels().max()) < 0.01
 
 
 def test_weights_out_of_reach_on_a_heavy_channel_are_foreseen_and_a_shared_basis_takes_them():

@@ -33,10 +33,8 @@ def upper_factor(second_moment: Tensor, damping: float, sampling_damping: float 
     """
     moment = second_moment.flip(-1, -2).double()
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    added = damping * diagonal.mean(-1, keepdim=True)
-    if sampling_damping:
-        added = added + sampling_damping * diagonal.median(-1, keepdim=True).values
-    diagonal += added
+    mean, median = diagonal.mean(-1, keepdim=True), diagonal.median(-1, keepdim=True).values
+    diagonal += damping * mean + sampling_damping * median
     factor, failed = torch.linalg.cholesky_ex(moment)
     if failed.any():
         raise NumericalError("the second moment of the inputs is not positive definite; use more calibration tokens")

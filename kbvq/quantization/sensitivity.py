@@ -234,8 +234,7 @@ def noise_law(
     tokens = moments.tokens.tolist()
     for expert in range(len(weights)):
         second_moment, mean = moments.expert_moments(expert, recipe.prior_tokens)
-        factor = expert_factor(second_moment[order][:, order], tokens[expert], recipe)
-        factors[expert] = factor
+        factors[expert] = factor = expert_factor(second_moment[order][:, order], tokens[expert], recipe)
         passing, diagonal = error_passing(factor), factor.diagonal().square()
         variances_of_rank, masses = [], []
         for rank in residuals.ranks:
