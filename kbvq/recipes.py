@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, fields
 
 from kbvq.errors import ConfigError
@@ -45,9 +44,6 @@ of "rq-moe", which has no network, as "vq"."""
 CODES["rq-grouped"] = CODES["rq"]
 CODES["rq-moe"] = {bits: code for bits, code in CODES["rq"].items() if code.num_stages < 3}
 """A third stage would see 65536 pairs of codes, too many to expand its codewords for each."""
-
-REACH = {"trellis": 3.1}
-"""Codebook -> largest value in deviations that it can give (trellis.levels); tables are fitted to what there is."""
 
 MIN_BITS, MAX_BITS = 1.5, 4.0
 """True bits per weight that a budget can be set to."""
@@ -270,11 +266,6 @@ class Recipe:
         if not formats and refusal is not None:
             raise refusal
         return formats
-
-    @property
-    def reach(self) -> float:
-        """Largest value in deviations that the codes can give."""
-        return REACH.get(self.codebook, math.inf)
 
     def distortion(self, format: ProjectionFormat) -> float:
         """Mean squared error of a projection's code on unit-Gaussian values; that of the nearest rate."""

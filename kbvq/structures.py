@@ -39,6 +39,9 @@ MAX_GROUPS = 256
 RQ_MOE_REFINERS, RQ_MOE_WIDTH = 4, 16
 """Refiners of the network of rq-moe, each one block deep, and hidden units of each (`kbvq.codes.rq_moe`)."""
 
+MAX_TAIL = 50
+"""How far the levels of a trellis code can be stretched (`kbvq.codes.levels`)."""
+
 TRELLIS_STATE_BITS = 12
 """Bits of the stream that a value of a trellis code depends on (see `kbvq.codes.trellis`)."""
 
@@ -75,7 +78,8 @@ class ProjectionFormat:
         "rq-moe": the sum of a codeword of stage 0 and one of stage 1 that a small network makes of both codes; what is
             stored is the network (`kbvq.codes.expansion`), what is decoded the tables of `expanded`.
         "trellis": one value per weight, a function of a window of the expert's bit stream; a stream for each column,
-            down its rows. codebook_size 2^bits, vector_dim 1, no table is stored.
+            down its rows. codebook_size 2^bits, vector_dim 1, no table is stored. tail: how far its levels are
+            stretched (`kbvq.codes.levels`), from 0 to MAX_TAIL.
     num_codebooks: 1 when the bank shares a codebook, `num_experts` when each expert has its own.
     rank: rows of the shared low-rank basis, 0 for none.
     codebook_dtype: "float16", or "int8" with one float16 scale per table.
@@ -99,6 +103,7 @@ class ProjectionFormat:
     codebook_dtype: str = "float16"
     num_groups: int = 1
     has_column_scale: bool = False
+    tail: int = 0
 
     def __post_init__(self) -> None:
         self._check_fields()
@@ -119,6 +124,8 @@ class ProjectionFormat:
             raise ConfigError(
                 f"num_groups {self.num_groups}: rq-grouped has 1 to {MAX_GROUPS} groups, other codebooks 1"
             )
+        if self.tail > (MAX_TAIL if self.codebook == "trellis" else 0):
+            raise ConfigError(f"tail {self.tail}: trellis codes have 0 to {MAX_TAIL}, other codebooks 0")
         if self.in_features % self.vector_dim:
             raise ConfigError(
                 f"in_features {self.in_features} is not a multiple of vector_dim {self.vector_dim}; choose other --bits"
@@ -138,7 +145,7 @@ class ProjectionFormat:
             value = getattr(self, field.name)
             if type(value) is not types[str(field.type)]:
                 raise ConfigError(f"{field.name} must be of type {field.type}, not {value!r}")
-            lowest = 0 if field.name == "rank" else 1
+            lowest = 0 if field.name in ("rank", "tail") else 1
             if type(value) is int and value < lowest:
                 raise ConfigError(f"{field.name} must be at least {lowest}, not {value}")
 
@@ -157,7 +164,7 @@ class ProjectionFormat:
             )
 
     def _check_trellis(self) -> None:
-        bits = self.codebook_size.bit_length() - 1
+        bits = self.trellis_bits
         if self.codebook_size not in (2, 4, 8, 16) or self.vector_dim != 1 or self.num_stages != 1:
             raise ConfigError(
                 "a trellis code has vector_dim 1, 1 stage and codebook_size 2, 4, 8 or 16, not "
@@ -168,6 +175,11 @@ class ProjectionFormat:
                 f"{self.out_features} rows of {bits} bits fill no whole number of bytes, or less than one state of the "
                 "trellis; choose another --codebook"
             )
+
+    @property
+    def trellis_bits(self) -> int:
+        """Bits per value of a trellis code."""
+        return self.codebook_size.bit_length() - 1
 
     @property
     def num_vectors(self) -> int:
@@ -218,7 +230,7 @@ class ProjectionFormat:
         """Every stored tensor by name, with its shape and dtype; the one definition of the format."""
         experts, rows = self.num_experts, self.out_features
         if self.codebook == "trellis":
-            bits = self.codebook_size.bit_length() - 1
+            bits = self.trellis_bits
             specs = {"codes": TensorSpec((experts, self.in_features, rows * bits // 8), torch.uint8)}
         else:
             books, tables = self.num_codebooks, self.num_tables

@@ -56,7 +56,7 @@ FORMATS = {
         "codebook": "rq-grouped", "num_stages": 2, "num_groups": 3, "codebook_size": 4096, "rank": 2,
     },
     "rq-moe": {"codebook": "rq-moe", "vector_dim": 8, "num_stages": 2, "codebook_dtype": "int8", "has_scale": True},
-    "trellis": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 4, "has_scale": True},
+    "trellis": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 4, "has_scale": True, "tail": 9},
 }  # fmt: skip
 """Options of both projections; None stands for one codebook per expert."""
 

@@ -4,8 +4,9 @@ import json
 
 import torch
 
+from kbvq.codes.levels import levels
 from kbvq.codes.packing import pack_stages
-from kbvq.codes.trellis import MULTIPLIERS, TrellisCode, levels
+from kbvq.codes.trellis import MULTIPLIERS, TrellisCode
 from kbvq.models.moe_adapters import read_experts
 from kbvq.serving.packed_experts import packed_module
 from kbvq.storage.checkpoint import PackedCheckpointWriter
@@ -104,7 +105,7 @@ def trellis_value(format: ProjectionFormat, codes: list[int], row: int) -> float
     """Value of one row of a column's stream: the code of the row and of those after it, wrapping around."""
     bits = format.codebook_size.bit_length() - 1
     state = sum(codes[(row + i) % len(codes)] << bits * i for i in range(12 // bits))
-    return levels()[(state * MULTIPLIERS[bits] % 2**32) >> 24].item()
+    return levels(format.tail)[(state * MULTIPLIERS[bits] % 2**32) >> 24].item()
 
 
 def random_bank(path: str, kind: str, experts: int, hidden: int, intermediate: int, seed: int, **options) -> PackedBank:

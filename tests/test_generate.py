@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from kbvq.models.moe_adapters import find_expert_banks
 from kbvq.serving.packed_experts import PackedBankModule
 
-OPTIONS = {"codebook": "trellis", "vector_dim": 1, "codebook_size": 4, "has_scale": True}
+OPTIONS = {"codebook": "trellis", "vector_dim": 1, "codebook_size": 4, "has_scale": True, "tail": 9}
 NEW_TOKENS = 6
 
 

@@ -9,7 +9,7 @@ from kbvq.errors import ConfigError
 from kbvq.models.layer_stream import LayerStream
 from kbvq.quantization.pipeline import QuantizeOptions, Run
 from kbvq.quantization.planning import PROTECTED_BITS, budget_plan, check_budget
-from kbvq.quantization.sensitivity import Sensitivity, probed_rates
+from kbvq.quantization.sensitivity import Energies, Sensitivity, probed_rates
 from kbvq.recipes import BUDGET_RANKS, CODES, make_recipe
 from kbvq.storage.work_folder import WorkFolder
 from kbvq.structures import PROJECTIONS
@@ -30,7 +30,8 @@ def sensitivities(banks, recipe, divergences=None):
     low, high = (distortion[rate] / distortion[base] for rate in rates)
 
     def sensitivity(value):
-        return Sensitivity({rates[0]: value * low, rates[1]: value * high}, growth, 0.05)
+        noise = {rate: growth[rate, 0] for rate in rates}
+        return Sensitivity({rates[0]: value * low, rates[1]: value * high}, Energies(noise, growth, 0.05))
 
     return {site: sensitivity((divergences or {}).get(site, 0.001)) for site in sites}
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from kbvq.codes.trellis import MULTIPLIERS, PART, TrellisCode, levels
+from kbvq.codes.levels import TAILS, levels
+from kbvq.codes.trellis import MULTIPLIERS, PART, TrellisCode
 from kbvq.errors import ConfigError, NumericalError
 from kbvq_kernels import encode as compiled
 
@@ -48,7 +49,7 @@ def closed_walk(code: TrellisCode, codes: list[int]) -> list[int]:
 
 
 def codeword(code: TrellisCode, state: int) -> float:
-    return float(levels()[(state * MULTIPLIERS[code.bits]) % 2**32 // 2**24])
+    return float(levels(code.tail)[(state * MULTIPLIERS[code.bits]) % 2**32 // 2**24])
 
 
 def cost(code: TrellisCode, states: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -65,10 +66,12 @@ def tiny_problem(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values, weights
 
 
-def test_levels_are_gaussian_quantiles_and_no_platform_can_round_them_otherwise():
+@pytest.mark.parametrize("tail", TAILS)
+def test_levels_are_stretched_gaussian_quantiles_and_no_platform_can_round_them_otherwise(tail):
     points = [Fraction(4 * j + 1, 1022) for j in range(256)]
     quantiles = torch.from_numpy(norm.ppf([float(p) for p in points]))
-    rounded = levels().double()
+    quantiles *= (tail / 100 * quantiles**2 / 2).exp()
+    rounded = levels(tail).double()
     assert torch.equal(rounded, quantiles.half().double())
     assert torch.equal(rounded, -rounded.flip(0))
     # The neighbouring float16 is farther away than the rounded one by much more than any libm's error.
@@ -77,9 +80,9 @@ def test_levels_are_gaussian_quantiles_and_no_platform_can_round_them_otherwise(
         assert ((neighbour - quantiles).abs() - (rounded - quantiles).abs()).min() > 1e-9
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_codewords_follow_the_integer_formula(bits):
-    code = TrellisCode(bits)
+@pytest.mark.parametrize(("bits", "tail"), [(1, 0), (2, 12), (3, 0), (4, 25)])
+def test_codewords_follow_the_integer_formula(bits, tail):
+    code = TrellisCode(bits, tail=tail)
     states = [0, 1, 2, 77, 2049, 4095]
     assert code.codewords()[states].tolist() == [codeword(code, s) for s in states]
     # a fair share of the states on each level: the product permutes the residues

@@ -269,7 +269,7 @@ class TrellisCodebook:
     code_dtype = torch.uint8
 
     def __init__(self, format: ProjectionFormat) -> None:
-        self.code = TrellisCode(format.codebook_size.bit_length() - 1)
+        self.code = TrellisCode(format.trellis_bits, tail=format.tail)
         self._scratch: Tensor | None = None
 
     def code_block(self, block: FeedbackBlock, refit: Refit | None) -> bool:

@@ -173,7 +173,7 @@ def decode_codes(format: ProjectionFormat, tensors: Mapping[str, Tensor], expert
     """What the codes of an expert stand for, [out_features, in_features] float32. Where it is called for many experts,
     `expand` first: else a network is expanded for each."""
     if format.codebook == "trellis":
-        code = TrellisCode(format.codebook_size.bit_length() - 1)
+        code = TrellisCode(format.trellis_bits, tail=format.tail)
         return code.decode(code.unpack(tensors["codes"][expert])).T.contiguous()
     format, tensors = expand(format, tensors)
     places, flat = codeword_places(format, tensors, expert), table_values(tensors).flatten(0, 2)

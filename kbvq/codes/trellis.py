@@ -10,10 +10,9 @@ so any value decodes alone: one window read, one integer product and shift, one 
 value to the first, state_t = (state_{t+1} << bits | code_t) mod 2^state_bits, and every sequence of codes is a path.
 Indices wrap around (tail-biting): the windows of the last values end in the first codes, no start state is stored.
 
-The levels are unit-Gaussian quantiles at (4j + 1) / 1022, rounded to float16: a little farther into the tails than
-the midpoints (2j + 1) / 512, which pays at 3 and 4 bits. One table serves every rate. Under the product, the place of a
-level among the quantiles is a sum of the window's codes times constants, modulo one, so that the branches out of a
-state lie evenly apart; a random order, which QTIP's hashes imitate, has 0.074 mean squared error at 2 bits and 2^12
+The levels suit Gaussian values or such with heavier tails (kbvq.codes.levels). Under the product, the place of a level
+among them is a sum of the window's codes times constants, modulo one, so that the branches out of a state lie evenly
+apart; a random order, which QTIP's hashes imitate, has 0.074 mean squared error at 2 bits and 2^12
 states, this one 0.069. The multipliers are the best of some thousand random ones at 2^12 states, chosen by that error.
 """
 
@@ -22,12 +21,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
-from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kbvq.codes.levels import levels
 from kbvq.errors import ConfigError, NumericalError
 from kbvq_kernels import encode as compiled
 
@@ -48,19 +47,9 @@ values around its ends decide: parts wait for none of the others. Known to cpu_t
 _NOT_FINITE = "the trellis got values that are NaN or infinite; check the weights they come from"
 
 
-def levels() -> Tensor:
-    """The 256 reproduction levels, ascending and antisymmetric: float32, every one exact in float16."""
-    return torch.tensor(_quantiles()).half().float()
-
-
 @cache
-def _quantiles() -> tuple[float, ...]:
-    return tuple(NormalDist().inv_cdf((4 * j + 1) / 1022) for j in range(256))
-
-
-@cache
-def _codewords(bits: int, state_bits: int) -> Tensor:
-    return levels()[(torch.arange(1 << state_bits) * MULTIPLIERS[bits] & 0xFFFFFFFF) >> 24]
+def _codewords(bits: int, state_bits: int, tail: int) -> Tensor:
+    return levels(tail)[(torch.arange(1 << state_bits) * MULTIPLIERS[bits] & 0xFFFFFFFF) >> 24]
 
 
 @dataclass(frozen=True)
@@ -68,11 +57,12 @@ class TrellisCode:
     """A code of `bits` bits per value with 2^`state_bits` states.
 
     state_bits: a multiple of `bits`, at least twice and at most 16. The time of `encode` is proportional to
-    2^state_bits; that of `decode` does not depend on it. 12 is a multiple of every rate.
+    2^state_bits; that of `decode` does not depend on it. 12 is a multiple of every rate. tail: of the levels.
     """
 
     bits: int
     state_bits: int = 12
+    tail: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in MULTIPLIERS:
@@ -89,7 +79,7 @@ class TrellisCode:
 
     def codewords(self) -> Tensor:
         """The value of every state, [2^state_bits] float32."""
-        return _codewords(self.bits, self.state_bits).clone()
+        return _codewords(self.bits, self.state_bits, self.tail).clone()
 
     def scratch(self, num_sequences: int, length: int, device: torch.device | str = "cpu") -> Tensor:
         """Working memory of `encode` for values [num_sequences, length]: 1-D float32, at most 256 MiB (GPU: 2 GiB) or

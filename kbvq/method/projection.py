@@ -20,7 +20,14 @@ from kbvq.method.rate_distortion import (
 from kbvq.method.shared_basis import shared_low_rank
 from kbvq.method.target_weights import Goal
 from kbvq.method.team import ALONE, Team, gather
-from kbvq.method.vector_quantization import Factors, column_scales, row_scales, row_slopes, vector_quantize
+from kbvq.method.vector_quantization import (
+    Factors,
+    column_scales,
+    row_scales,
+    row_slopes,
+    suited_levels,
+    vector_quantize,
+)
 from kbvq.recipes import Recipe
 from kbvq.structures import InputMoments, MakeZeros, PackedProjection, ProjectionFormat
 
@@ -72,7 +79,8 @@ def quantize_projection(
     weights: [num_experts, out_features, in_features] of the original model.
     teacher: moments of the inputs in the original model. student: of the inputs in the quantized model so far,
         which are those that the packed projection will see. Both on the device of `weights`.
-    format: how it will be stored, one that the recipe plans (Recipe.projection_format).
+    format: how it will be stored, one that the recipe plans (Recipe.projection_format); but for a trellis code's
+        levels, which are chosen here.
     bias: of the original projection, [num_experts, out_features], stored together with that of the correction.
     goal: weights to be coded in their place. The correction then restores the mean that they aim at, and the deviation
         that they themselves give, instead of the teacher's.
@@ -103,6 +111,8 @@ def quantize_projection(
         _check_finite(tensors)
         coefficients, basis = decode_factors(tensors)
         residual = weights - scale[..., None] * (coefficients @ basis) * columns
+    if format.codebook == "trellis" and factors is not None:
+        format = suited_levels(residual, format, scale=scale, mass=student.mass, factors=factors, team=team)
     tensors |= vector_quantize(
         residual, format, recipe, scale=scale, column_scale=columns, factors=factors, seed=seed, team=team
     )

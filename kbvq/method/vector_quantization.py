@@ -7,6 +7,7 @@ the codes are chosen, so that the codes are the best ones for the tables that th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from kbvq.codes.codebooks import REFIT_VECTORS, Codebook, NetworkCodebook, Refit, TableCodebook, TrellisCodebook
 from kbvq.codes.grouped_residual import fit_grouped_codebooks
 from kbvq.codes.kmeans import kmeans
+from kbvq.codes.levels import NUM_BINS, best_tail, value_histogram
 from kbvq.codes.packing import new_network
 from kbvq.codes.residual_quantization import fit_residual_codebooks
 from kbvq.method.error_feedback import (
@@ -127,6 +129,23 @@ def column_scales(
     smallest = torch.finfo(torch.float16).smallest_normal
     deviations = (variances / max(total, 1e-30)).sqrt() if total else torch.ones_like(variances)
     return deviations[order.argsort()].clamp_min(smallest).half().float()
+
+
+def suited_levels(
+    weights: Tensor, format: ProjectionFormat, *, scale: Tensor, mass: Tensor, factors: Factors, team: Team = ALONE
+) -> ProjectionFormat:
+    """A trellis code's format with the levels that suit the weights behind their scales, under their inputs' metric.
+
+    weights: [num_experts, out_features, in_features]. scale: [num_experts, out_features]. mass: of the inputs of each
+    expert, [num_experts]. factors: of the inputs, as they are before channels are scaled.
+    """
+    histogram = torch.zeros(NUM_BINS, dtype=torch.float64, device=weights.device)
+    for place, expert in enumerate(factors.experts):
+        scaled = weights[expert][:, factors.order] / scale[expert, :, None]
+        diagonal = factors.stacked[place].diagonal().square()
+        histogram += value_histogram(scaled, mass[expert] * scale[expert].square(), diagonal)
+    team.sum_(histogram)
+    return replace(format, tail=best_tail(format.trellis_bits, histogram)[0])
 
 
 def vector_quantize(

@@ -40,7 +40,7 @@ from kbvq.quantization.fingerprint import run_fingerprint
 from kbvq.quantization.layer_quantization import quantize_layer
 from kbvq.quantization.planning import budget_plan, check_budget, uniform_plan
 from kbvq.quantization.run_plan import TOKENS_PER_BATCH, RunPlan, make_plan, memory_limit, probed_windows
-from kbvq.quantization.sensitivity import Sensitivity, divergences, probe_layer, probed_rates
+from kbvq.quantization.sensitivity import Energies, Sensitivity, divergences, probe_layer, probed_rates
 from kbvq.quantization.stages import Carry, Stage, Step, run_stages
 from kbvq.recipes import Recipe
 from kbvq.storage.checkpoint import (
@@ -68,7 +68,7 @@ from kbvq.structures import (
 
 logger = logging.getLogger("kbvq")
 
-CARRIED = (BankFormat, ExpertBank, ProjectionFormat)
+CARRIED = (BankFormat, Energies, ExpertBank, ProjectionFormat)
 """The dataclasses that steps carry on."""
 
 
@@ -192,7 +192,7 @@ class Run:
 
     embedded: the embeddings of all windows, [windows, tokens, hidden_size], by the original and by the packed embedding
     (one tensor twice, where that is not packed or not yet); until the model is measured.
-    hidden: the same behind the layers measured so far. disturbed, growth, bias_shares, clipped: by (bank, projection),
+    hidden: the same behind the layers measured so far. disturbed, energies: by (bank, projection),
         peaks: by bank; see sensitivity.
     formats: of all banks, once they are chosen. budget: the record of that choice.
     teacher, student: activations behind the layers quantized so far. layers: their records. further: the original's
@@ -248,7 +248,7 @@ class Run:
         elif not self._packs_with_head:
             start |= self._pack_embedding(embedded, None)
         if self.recipe.budget:
-            start |= {"hidden": embedded, "disturbed": {}, "growth": {}, "bias_shares": {}, "clipped": {}, "peaks": {}}
+            start |= {"hidden": embedded, "disturbed": {}, "energies": {}, "peaks": {}}
         else:
             start |= self._first_activations(start["embedded"])
         return Step(start)
@@ -300,7 +300,7 @@ class Run:
                 rates=probed_rates(self.recipe),
                 seed=self.options.seed + index,
             )
-        found = {name: carry[name] | getattr(probe, name) for name in ("growth", "bias_shares", "clipped", "peaks")}
+        found = {name: carry[name] | getattr(probe, name) for name in ("energies", "peaks")}
         return Step({**carry, **found, "hidden": probe.outputs, "disturbed": disturbed})
 
     def plan(self, index: int, carry: Carry) -> Step:
@@ -311,13 +311,8 @@ class Run:
             measured = divergences(stream.logits, reference, carry["disturbed"])
         rates = probed_rates(self.recipe)
         sensitivities = {
-            site: Sensitivity(
-                {rate: measured[site, rate] for rate in rates},
-                growth,
-                carry["bias_shares"][site],
-                carry["clipped"][site],
-            )
-            for site, growth in carry["growth"].items()
+            site: Sensitivity({rate: measured[site, rate] for rate in rates}, energies)
+            for site, energies in carry["energies"].items()
         }
         plan = budget_plan(stream.banks, self.recipe, sensitivities, carry["peaks"])
         counts = Counter(row["code_bits"] for row in plan.record["projections"])  # type: ignore[attr-defined]
@@ -355,6 +350,8 @@ class Run:
                 seed=self.options.seed,
                 matrices=() if self.recipe.distillation_steps else self.parts.of_layer(index),
             )
+        made = {bank.path: bank.format for bank in result.banks}
+        carry["formats"] = [made.get(format.path, format) for format in carry["formats"]]
         carry["matrices"] = [*carry["matrices"], *result.matrix_reports]
         if self.recipe.distillation_steps:
             tensors = _packed_tensors(result.banks) | result.dense

@@ -115,10 +115,10 @@ def budget_plan(
             "code_bits": bits,
             "rank": rank,
             "bias": format.has_bias,
-            "bias_share": sensitivity.bias_share,
+            "bias_share": sensitivity.energies.bias_share,
             "predicted_divergence": {
                 str(rate): sensitivity.predict(rate, 0, bias=format.has_bias)
-                for rate, rank in sensitivity.growth
+                for rate, rank in sensitivity.energies.errors
                 if not rank
             },
         }

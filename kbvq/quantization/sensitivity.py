@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kbvq.codes.levels import NUM_BINS, best_tail, value_histogram
 from kbvq.method.error_feedback import channel_order, error_passing, target_variances
 from kbvq.method.shared_basis import shared_low_rank
 from kbvq.method.vector_quantization import expert_factor, row_scales
@@ -56,33 +57,41 @@ def probed_rates(recipe: Recipe) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Energies:
+    """Of the noise and of the errors of a projection, as multiples of the noise of the lowest probed rate.
+
+    noise: by code bits, of what the probed rates are probed with.
+    errors: by (code bits, rank of the shared basis), expected of the quantization. Low rates grow faster than their
+        distortion, because error feedback then feeds back more; and a trellis code errs more than its noise where
+        weights lie far out in the tails, which on massive activations can cost more than all others.
+    bias_share: share of the error of the outputs that is constant over tokens, which a bias takes away.
+    """
+
+    noise: dict[int, float]
+    errors: dict[tuple[int, int], float]
+    bias_share: float
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """Of one projection of a bank.
 
     divergences: by code bits, KL(original ‖ disturbed) per token when it alone is disturbed by the noise of that rate,
         at the rates that were probed.
-    growth: by (code bits, rank of the shared basis), the energy of that noise as a multiple of that of the lowest
-        probed rate, which has rank 0. Low rates grow faster than their distortion, because error feedback then feeds
-        back more.
-    bias_share: share of the error of its outputs that is constant over tokens, which a bias takes away.
-    clipped: by rank of the shared basis, the energy of what its codes cannot reach, in the same unit and in no probe;
-        empty for codes that reach all. A few weights on massive activations can cost more than all noise.
     """
 
     divergences: dict[int, float]
-    growth: dict[tuple[int, int], float]
-    bias_share: float
-    clipped: dict[int, float] = field(default_factory=dict)
+    energies: Energies
 
     @property
     def exponent(self) -> float:
         """How the divergence grows with the energy of the noise, from the two probes: 1 for a second-order effect, less
         where the model saturates (the first layers of a real model: about ½)."""
         low, high = min(self.divergences), max(self.divergences)
-        energies = self.growth[low, 0], self.growth[high, 0]
-        if min(*energies, *self.divergences.values()) <= 0 or energies[0] <= energies[1]:
+        noise = self.energies.noise
+        if min(noise[low], noise[high], *self.divergences.values()) <= 0 or noise[low] <= noise[high]:
             return 1.0
-        slope = math.log(self.divergences[low] / self.divergences[high]) / math.log(energies[0] / energies[1])
+        slope = math.log(self.divergences[low] / self.divergences[high]) / math.log(noise[low] / noise[high])
         return min(max(slope, EXPONENTS[0]), EXPONENTS[1])
 
     def predict(self, bits: int, rank: int, *, bias: bool) -> float:
@@ -93,20 +102,18 @@ class Sensitivity:
         not, and a rate that is too low would look cheap.
         """
         nearest = min(self.divergences, key=lambda rate: abs(rate - bits))
-        energy = self.growth[bits, rank] * (1 - self.bias_share * bias) + self.clipped.get(rank, 0.0)
-        energy /= max(self.growth[nearest, 0], 1e-30)
+        energy = self.energies.errors[bits, rank] * (1 - self.energies.bias_share * bias)
+        energy /= max(self.energies.noise[nearest], 1e-30)
         return self.divergences[nearest] * energy ** (max(self.exponent, 1.0) if energy > 1 else self.exponent)
 
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """outputs: the layer's, [windows, tokens, hidden_size]. growth, bias_shares, clipped: of its sites (see
-    Sensitivity). peaks: largest absolute output of each expert by bank, [num_experts] float32."""
+    """outputs: the layer's, [windows, tokens, hidden_size]. energies: of its sites. peaks: largest absolute output of
+    each expert by bank, [num_experts] float32."""
 
     outputs: Tensor
-    growth: dict[Site, dict[tuple[int, int], float]]
-    bias_shares: dict[Site, float]
-    clipped: dict[Site, dict[int, float]]
+    energies: dict[Site, Energies]
     peaks: dict[ExpertBank, Tensor]
 
 
@@ -140,20 +147,20 @@ def probe_layer(
     generator = torch.Generator().manual_seed(seed)
     for probe, states in disturbed.items():
         disturbed[probe] = run.batch(states).cpu()
-    growth, bias_shares, clipped = {}, {}, {}
+    energies = {}
     for bank, module in observed.items():
         for projection in PROJECTIONS:
             weights = module.weights[projection]
             site = bank, projection
             law = noise_law(weights, moments[bank][projection], recipe, rates, make=run.statistics.make)
-            growth[site], bias_shares[site], clipped[site] = law.growth, law.bias_share, law.clipped
+            energies[site] = law.energies
             white = law.white(generator)
             for rate in rates:
                 module.set_(projection, law.noise(white, rate).add_(weights), None)
                 disturbed[site, rate] = run.batch(inputs[:num_probed]).cpu()
             module.set_(projection, weights, None)
             del law, white  # before those of the next projection
-    return LayerProbe(outputs, growth, bias_shares, clipped, peaks)
+    return LayerProbe(outputs, energies, peaks)
 
 
 def divergences(
@@ -192,17 +199,14 @@ def super_experts(peaks: dict[str, Tensor]) -> dict[str, list[int]]:
 class NoiseLaw:
     """The quantization error's law: (W − Ŵ) M = white · deviations, channels in `order`.
 
-    spread: [E, out_features], row scales. factor: [E, n, n] M. deviations: by rate, [E, n]. growth, bias_share,
-    clipped: see Sensitivity.
+    spread: [E, out_features], row scales. factor: [E, n, n] M. deviations: by rate, [E, n].
     """
 
     order: Tensor
     spread: Tensor
     factor: Tensor
     deviations: dict[int, Tensor]
-    growth: dict[tuple[int, int], float]
-    bias_share: float
-    clipped: dict[int, float]
+    energies: Energies
 
     def white(self, generator: torch.Generator) -> Tensor:
         """Unit-Gaussian values [E, out_features, n] float32."""
@@ -227,7 +231,8 @@ def noise_law(
     spread = weights.new_empty(weights.shape[:2], dtype=torch.float32)
     # Summed on the device: a GPU would be waited for at every number that the host asks for.
     energy = torch.zeros(len(rates), len(residuals.ranks), dtype=torch.float64, device=weights.device)
-    constant, cut, reach = energy.new_zeros(()), energy.new_zeros(len(residuals.ranks)), recipe.reach
+    constant = energy.new_zeros(())
+    sizes = energy.new_zeros(len(residuals.ranks), NUM_BINS)
     n = weights.shape[2]
     factors = make(len(weights), n, n, device=weights.device)
     deviations: dict[int, list[Tensor]] = {rate: [] for rate in probed}
@@ -237,7 +242,7 @@ def noise_law(
         factors[expert] = factor = expert_factor(second_moment[order][:, order], tokens[expert], recipe)
         passing, diagonal = error_passing(factor), factor.diagonal().square()
         variances_of_rank, masses = [], []
-        for rank in residuals.ranks:
+        for place, rank in enumerate(residuals.ranks):
             residual = residuals.of(expert, rank)
             scales = row_scales(residual)
             if not rank:
@@ -245,10 +250,8 @@ def noise_law(
             scaled = residual[:, order] / scales[:, None]
             variances_of_rank.append(scaled.square().mean(0))
             masses.append(scales.square().sum())
-            if math.isfinite(reach):
-                # Channels are coded at their own deviation, and the heaviest ones first, before targets vary more.
-                excess = (scaled.abs_() - reach * variances_of_rank[-1].sqrt()).clamp_min_(0).square_()
-                cut[len(masses) - 1] += moments.mass[expert] * (scales.square() @ excess * diagonal).sum()
+            if recipe.codebook == "trellis":  # the tables of others are fitted to the weights
+                sizes[place] += value_histogram(scaled, moments.mass[expert] * scales.square(), diagonal)
         own, mass = torch.stack(variances_of_rank, 1), moments.mass[expert] * torch.stack(masses)  # [n, ranks], [ranks]
         for place, (rate, distortion) in enumerate(rates.items()):
             variances = distortion * diagonal[:, None] * target_variances(passing, own, distortion)
@@ -259,18 +262,22 @@ def noise_law(
                 # The constant input in the coordinates of M: what it sums up of the error is the same for all tokens.
                 direction = torch.linalg.solve_triangular(factor, mean[order][:, None], upper=True)[:, 0]
                 constant += mass[0] * (variances[:, 0] * direction.square()).sum()
-    energies = dict(
-        zip(((rate, rank) for rate in rates for rank in residuals.ranks), energy.flatten().tolist(), strict=True)
-    )
-    lowest = max(energies[probed[0], 0], 1e-30)
+    noise = {rate: energy[list(rates).index(rate), 0].item() for rate in probed}
+    lowest = max(noise[probed[0]], 1e-30)
+    if recipe.codebook == "trellis":
+        for place, (rate, distortion) in enumerate(rates.items()):
+            energy[place] *= energy.new_tensor([best_tail(rate, of_rank)[1] / distortion for of_rank in sizes])
+    options = ((rate, rank) for rate in rates for rank in residuals.ranks)
     return NoiseLaw(
         order,
         spread,
         factors,
         {rate: torch.stack(of_rate) for rate, of_rate in deviations.items()},
-        growth={option: of_option / lowest for option, of_option in energies.items()},
-        bias_share=constant.item() / lowest,
-        clipped=dict(zip(residuals.ranks, (cut / lowest).tolist(), strict=True)) if math.isfinite(reach) else {},
+        Energies(
+            {rate: of_rate / lowest for rate, of_rate in noise.items()},
+            dict(zip(options, (energy.flatten() / lowest).tolist(), strict=True)),
+            constant.item() / lowest,
+        ),
     )
 
 

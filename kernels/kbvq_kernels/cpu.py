@@ -70,25 +70,25 @@ def _byte_signs() -> Tensor:
 
 
 @functools.cache
-def _byte_values(bits: int) -> Tensor:
+def _byte_values(bits: int, tail: int) -> Tensor:
     """What the codes of one byte decode to, for each value of it and of the bits after it that they depend on.
 
     float32 [2^(8 + 12 - bits), 8 / bits]; bits 1, 2 or 4.
     """
     windows = torch.arange(1 << 8 + TRELLIS_STATE_BITS - bits)
     states = torch.stack([windows >> shift for shift in range(0, 8, bits)], -1) & (1 << TRELLIS_STATE_BITS) - 1
-    return trellis_codewords(bits).float()[states]
+    return trellis_codewords(bits, tail).float()[states]
 
 
 @functools.cache
-def _bfloat16_levels() -> Tensor:
-    return trellis_levels().to(torch.bfloat16)
+def _bfloat16_levels(tail: int) -> Tensor:
+    return trellis_levels(tail).to(torch.bfloat16)
 
 
 @functools.cache
-def _trellis_magnitudes() -> tuple[Tensor, float]:
+def _trellis_magnitudes(tail: int) -> tuple[Tensor, float]:
     """(uint8 [128], unit): the lower half of the levels is -unit times them, within half a unit."""
-    lower = -trellis_levels()[:128].float()
+    lower = -trellis_levels(tail)[:128].float()
     unit = lower.max().item() / 127
     return (lower / unit).round().to(torch.uint8), unit
 
@@ -101,7 +101,7 @@ def _decode_trellis(p: PreparedProjection, codes: Tensor) -> Tensor:
     length = codes.shape[1]
     window = stream[:, :length] | stream[:, 1 : length + 1] << 8 | stream[:, 2 : length + 2] << 16
     window &= (1 << 8 + TRELLIS_STATE_BITS - p.trellis_bits) - 1
-    return F.embedding(window, _byte_values(p.trellis_bits)).flatten(-2)
+    return F.embedding(window, _byte_values(p.trellis_bits, p.tail)).flatten(-2)
 
 
 def _check(failed: int) -> None:
@@ -129,7 +129,7 @@ def decode_expert(p: PreparedProjection, expert: int, buffer: Tensor | None = No
     if p.trellis_bits:
         if compiled is None:
             return _decode_trellis(p, codes).T.to(out.dtype)
-        pointers = (_address(t) for t in (codes, p.words, _bfloat16_levels(), out))
+        pointers = (_address(t) for t in (codes, p.words, _bfloat16_levels(p.tail), out))
         multiplier = ctypes.c_uint32(TRELLIS_MULTIPLIERS[p.trellis_bits])
         sizes = _longs(kind, p.out_features, p.in_features, p.trellis_bits, threads)
         compiled.kbvq_trellis_decode(*pointers, multiplier, *sizes)
@@ -172,7 +172,7 @@ def _integer_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProje
     """The codes' part of `_decode_products` into out, x rounded to 8 bits; int8 codewords or a trellis code."""
     sizes = len(x), len(out), p.out_features
     if p.trellis_bits:
-        magnitudes, unit = _trellis_magnitudes()
+        magnitudes, unit = _trellis_magnitudes(p.tail)
         pointers = (_address(t) for t in (p.codes, magnitudes, x, rows, experts, out))
         code = ctypes.c_float(unit), ctypes.c_uint32(TRELLIS_MULTIPLIERS[p.trellis_bits])
         sizes = *sizes, p.in_features, p.trellis_bits, torch.get_num_threads()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kbvq_kernels.reference import ACTIVATIONS, TRELLIS_STATE_BITS, trellis_codewords, trellis_levels
+from kbvq_kernels.reference import ACTIVATIONS, MAX_TAIL, TRELLIS_STATE_BITS, trellis_codewords, trellis_levels
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ def supports(
     signed: bool = False,
     codebook_dtype: str = "float16",
     num_groups: int = 1,
+    tail: int = 0,
     activation: str = "silu",
     **_: object,
 ) -> str | None:
@@ -64,6 +65,8 @@ def supports(
         )
     if num_groups != 1 and (codebook != "rq-grouped" or not 1 <= num_groups <= MAX_GROUPS):
         return f"no kernel serves codebook {codebook!r} with {num_groups} groups; rq-grouped has up to {MAX_GROUPS}"
+    if not 0 <= tail <= (MAX_TAIL if trellis else 0):
+        return f"no kernel serves codebook {codebook!r} with tail {tail}; trellis has 0 to {MAX_TAIL}, others 0"
     if not 0 <= rank <= MAX_RANK:
         return f"no kernel serves a low-rank part of rank {rank}; at most {MAX_RANK}"
     return None
@@ -130,6 +133,7 @@ class PreparedProjection:
     plane: int
     num_stages: int
     trellis_bits: int
+    tail: int
     signed: bool
 
     @property
@@ -181,7 +185,7 @@ class PreparedProjection:
 
     def numbers(self) -> list[int]:
         """What the tensors do not determine, in the order in which the custom ops take it."""
-        return [self.in_features, self.plane, self.num_stages, self.trellis_bits, int(self.signed)]
+        return [self.in_features, self.plane, self.num_stages, self.trellis_bits, self.tail, int(self.signed)]
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor | None], numbers: list[int]) -> PreparedProjection:
@@ -195,10 +199,11 @@ def table_words(table: Tensor) -> Tensor:
 
 
 @cache
-def trellis_pairs(bits: int) -> Tensor:
-    """`PreparedProjection.words` of trellis codes on CPU; one tensor for all projections, so that it stays in cache."""
+def trellis_pairs(bits: int, tail: int) -> Tensor:
+    """`PreparedProjection.words` of trellis codes on CPU; one tensor for all projections of these levels, so that it
+    stays in cache."""
     windows = torch.arange(1 << TRELLIS_STATE_BITS + bits)
-    values = trellis_codewords(bits)
+    values = trellis_codewords(bits, tail)
     pairs = torch.stack([values[windows & (1 << TRELLIS_STATE_BITS) - 1], values[windows >> bits]], -1)
     return pairs.view(torch.int32)[:, 0].contiguous()
 
@@ -283,6 +288,7 @@ def prepare(
     signed: bool = False,
     codebook_dtype: str = "float16",
     num_groups: int = 1,
+    tail: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     device_type: str | None = None,
     **_: object,
@@ -312,6 +318,7 @@ def prepare(
         signed=signed,
         codebook_dtype=codebook_dtype,
         num_groups=num_groups,
+        tail=tail,
     )
     if reason:
         raise ValueError(reason)
@@ -342,11 +349,11 @@ def prepare(
     if codebook == "trellis":
         bits, plane = codebook_size.bit_length() - 1, 0
         codes = _aligned_codes(codes, 0, 0, 1, False, 0)
-        table = trellis_codewords(bits).to(codes.device, word)[None, None, :, None]
+        table = trellis_codewords(bits, tail).to(codes.device, word)[None, None, :, None]
         if on_cpu:
-            words = trellis_pairs(bits)
+            words = trellis_pairs(bits, tail)
         else:
-            words = trellis_levels().to(codes.device, word)[:, None].repeat(1, 2).view(torch.int32)[:, 0]
+            words = trellis_levels(tail).to(codes.device, word)[:, None].repeat(1, 2).view(torch.int32)[:, 0]
     else:
         bits, num_vectors = 0, in_features // vector_dim
         unit = 128 // vector_dim if signed else 32 if codebook_size > 256 else 16
@@ -378,6 +385,7 @@ def prepare(
         plane,
         num_stages,
         bits,
+        tail,
         signed,
     )
 

@@ -6,6 +6,7 @@ Tensor names and shapes are those of a packed projection (see README.md, "Format
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from statistics import NormalDist
@@ -27,6 +28,9 @@ TRELLIS_STATE_BITS = 12
 
 TRELLIS_MULTIPLIERS = {1: 0x8DB4863B, 2: 0xC34D312F, 3: 0xE0B8F077, 4: 0x4FDE7251}
 """Bits per value -> the odd factor that scatters a trellis code's states over its levels."""
+
+MAX_TAIL = 50
+"""Heaviest tails of a trellis code's levels, in hundredths of Tukey's h."""
 
 
 def unpack_codes(codes: Tensor, num_vectors: int, num_stages: int, codebook_size: int) -> Tensor:
@@ -60,19 +64,21 @@ def weight_signs(sign_plane: Tensor) -> Tensor:
 
 
 @cache
-def _trellis_levels() -> tuple[float, ...]:
-    return tuple(NormalDist().inv_cdf((4 * j + 1) / 1022) for j in range(256))
+def _trellis_levels(tail: int) -> tuple[float, ...]:
+    quantiles = (NormalDist().inv_cdf((4 * j + 1) / 1022) for j in range(256))
+    return tuple(z * math.exp(tail / 200 * z * z) for z in quantiles)
 
 
-def trellis_levels() -> Tensor:
-    """The 256 values of a trellis code, ascending: unit-Gaussian quantiles at (4j + 1) / 1022, float16."""
-    return torch.tensor(_trellis_levels()).half()
+def trellis_levels(tail: int) -> Tensor:
+    """The 256 values of a trellis code, ascending, float16 [256]: z exp(tail z^2 / 200), z the unit-Gaussian quantiles
+    at (4j + 1) / 1022."""
+    return torch.tensor(_trellis_levels(tail)).half()
 
 
-def trellis_codewords(bits: int) -> Tensor:
+def trellis_codewords(bits: int, tail: int) -> Tensor:
     """The value of every state, float16 [2^12]: levels[(state * multiplier mod 2^32) >> 24]."""
     states = torch.arange(1 << TRELLIS_STATE_BITS)
-    return trellis_levels()[(states * TRELLIS_MULTIPLIERS[bits] & 0xFFFFFFFF) >> 24]
+    return trellis_levels(tail)[(states * TRELLIS_MULTIPLIERS[bits] & 0xFFFFFFFF) >> 24]
 
 
 def trellis_states(codes: Tensor, bits: int) -> Tensor:
@@ -123,6 +129,7 @@ def dequantize(
     num_stages: int = 1,
     signed: bool = False,
     num_groups: int = 1,
+    tail: int = 0,
     dtype: torch.dtype = torch.float64,
     **_: object,
 ) -> Tensor:
@@ -132,7 +139,7 @@ def dequantize(
     """
     if codebook == "trellis":
         bits = codebook_size.bit_length() - 1
-        values = trellis_codewords(bits).to(tensors["codes"].device, dtype)
+        values = trellis_codewords(bits, tail).to(tensors["codes"].device, dtype)
         weight = values[trellis_states(tensors["codes"], bits)].transpose(1, 2)
     else:
         weight = _codewords(tensors, in_features, vector_dim, codebook_size, num_stages, signed, num_groups, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from statistics import NormalDist
 
 import torch
@@ -35,6 +36,7 @@ def random_projection(
     signed: bool = False,
     codebook_dtype: str = "float16",
     num_groups: int = 1,
+    tail: int = 0,
     per_expert: bool = False,
     has_scale: bool = True,
     has_bias: bool = True,
@@ -113,11 +115,12 @@ def random_projection(
         "signed": signed,
         "codebook_dtype": codebook_dtype,
         "num_groups": num_groups,
+        "tail": tail,
     }
     return tensors, fields
 
 
-def trellis_value(stream: list[int], row: int, bits: int) -> float:
+def trellis_value(stream: list[int], row: int, bits: int, tail: int) -> float:
     """Value of one row of a stream of bytes: the 12 bits from bit `row * bits` on, through product and quantile."""
     total = 8 * len(stream)
     state = 0
@@ -126,14 +129,15 @@ def trellis_value(stream: list[int], row: int, bits: int) -> float:
         state += (stream[place // 8] // 2 ** (place % 8) % 2) * 2**i
     factor = {1: 0x8DB4863B, 2: 0xC34D312F, 3: 0xE0B8F077, 4: 0x4FDE7251}[bits]
     level = state * factor % 2**32 // 2**24
-    return torch.tensor(NormalDist().inv_cdf((4 * level + 1) / 1022)).half().item()
+    quantile = NormalDist().inv_cdf((4 * level + 1) / 1022)
+    return torch.tensor(quantile * math.exp(tail / 100 * quantile**2 / 2)).half().item()
 
 
 def stored_weight(tensors: dict[str, Tensor], fields: dict[str, object], e: int, row: int, column: int) -> float:
     """One weight, bit by bit from the definition of the format."""
     codebook, dim, size = fields["codebook"], fields["vector_dim"], fields["codebook_size"]
     if codebook == "trellis":
-        value = trellis_value(tensors["codes"][e, column].tolist(), row, size.bit_length() - 1)
+        value = trellis_value(tensors["codes"][e, column].tolist(), row, size.bit_length() - 1, fields["tail"])
     else:
         packed, vectors = tensors["codes"][e, row].tolist(), fields["in_features"] // dim
         v, i = divmod(column, dim)

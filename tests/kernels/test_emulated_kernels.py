@@ -49,7 +49,9 @@ MIXTURES = {
     ),
     "pairs, vq d2": Mixture("pairs", {"vector_dim": 2, "has_bias": False}, 80, tokens=1, **SHORT),
     "pairs, two stages": Mixture("pairs", {"vector_dim": 8, "num_stages": 2}, 90, activation="gelu_pytorch_tanh"),
-    "pairs, trellis of 2 and 4 bits": Mixture("pairs", trellis(2, rank=2), 90, tokens=2, down=trellis(4), **TRELLIS),
+    "pairs, trellis of 2 and 4 bits": Mixture(
+        "pairs", trellis(2, rank=2, tail=12), 90, tokens=2, down=trellis(4), **TRELLIS
+    ),
     "one token of a shared expert": Mixture("pairs", SIGNED8, 80, tokens=1, experts=1, routed=False),
     "blocks of 8, signed d8": Mixture("blocks", SIGNED8 | FULL, 80, tokens=5),
     "blocks of 16 on a full card": Mixture("blocks", SIGNED4, 90, tokens=13, full=True, activation="relu"),
@@ -64,7 +66,7 @@ MIXTURES = {
     ),
     "grouped, groups": Mixture("grouped", RQ_GROUPED, 90, HALF, tokens=5),
     "grouped, float32": Mixture("grouped", {"vector_dim": 2}, 80, FLOAT, tokens=5, hidden=12, intermediate=10),
-    "grouped, trellis": Mixture("grouped", trellis(2, rank=2), 90, tokens=5, down=trellis(4), **SMALL),
+    "grouped, trellis": Mixture("grouped", trellis(2, rank=2), 90, tokens=5, down=trellis(4, tail=20), **SMALL),
     "grouped, a shared expert": Mixture("grouped", {}, 80, HALF, experts=1, routed=False),
     "scratch, signed d8, int8 factors": Mixture("scratch", SIGNED8 | INT8_FACTORS, 90, tokens=8),
     "scratch, 12 bits": Mixture("scratch", {"codebook_size": 4096}, 80, tokens=8),

@@ -34,7 +34,7 @@ FORMATS = {
     "trellis-2": {"codebook": "trellis", "codebook_size": 4, "rank": 8},
     "trellis-3": {"codebook": "trellis", "codebook_size": 8},
     "trellis-1": {"codebook": "trellis", "codebook_size": 2},
-    "trellis-4": {"codebook": "trellis", "codebook_size": 16, "rank": 32},
+    "trellis-4": {"codebook": "trellis", "codebook_size": 16, "rank": 32, "tail": 20},
 }
 ODD = (7, 328, 264, 3)  # experts, hidden, intermediate, top_k: rows that fill no tile; 12-bit planes that need padding
 WIDE = (16, 512, 384, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -42,6 +43,8 @@ FORMATS = {
     "trellis-2": {"codebook": "trellis", "codebook_size": 4},
     "trellis-3": {"codebook": "trellis", "codebook_size": 8},
     "trellis-4": {"codebook": "trellis", "codebook_size": 16},
+    "trellis-3-stretched": {"codebook": "trellis", "codebook_size": 8, "tail": 20},
+    "trellis-4-stretched": {"codebook": "trellis", "codebook_size": 16, "tail": 50, "rank": 2},
 }  # fmt: skip
 
 
@@ -107,7 +110,7 @@ def integer_weights(tensors, fields):
     if fields["codebook"] != "trellis":
         return reference.dequantize(tensors, **fields)
     bits = fields["codebook_size"].bit_length() - 1
-    codewords = reference.trellis_codewords(bits).double()
+    codewords = reference.trellis_codewords(bits, fields["tail"]).double()
     unit = codewords.abs().max() / 127
     values = ((codewords / unit).round() * unit)[reference.trellis_states(tensors["codes"], bits)]
     return values.transpose(1, 2) * tensors["scale"].double()[..., None]
@@ -212,7 +215,7 @@ def test_linear_equals_reference(decoder, name, num_tokens, dtype):
 
 def num_rows(name: str) -> int:
     """Rows of a trellis code of 2 or 4 bits may fill no group of 8; streams of 1 and 3 bits need whole groups."""
-    return 16 if name in ("trellis-1", "trellis-3") else 12
+    return 16 if name.startswith(("trellis-1", "trellis-3")) else 12
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -224,11 +227,14 @@ def test_reference_equals_definition_bit_by_bit(name):
 def test_trellis_is_the_quantizers():
     for bits, factor in trellis.MULTIPLIERS.items():
         code = trellis.TrellisCode(bits, structures.TRELLIS_STATE_BITS)
-        assert torch.equal(reference.trellis_codewords(bits).float(), code.codewords())
+        for tail in (0, 12, structures.MAX_TAIL):
+            stretched = dataclasses.replace(code, tail=tail)
+            assert torch.equal(reference.trellis_codewords(bits, tail).float(), stretched.codewords())
+        assert reference.MAX_TAIL == structures.MAX_TAIL
         assert reference.TRELLIS_MULTIPLIERS[bits] == factor
         codes = torch.randint(0, 2**bits, (3, 40), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
         states = reference.trellis_states(code.pack(codes), bits)
-        assert torch.equal(reference.trellis_codewords(bits).float()[states], code.decode(codes))
+        assert torch.equal(reference.trellis_codewords(bits, 0).float()[states], code.decode(codes))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -1,0 +1,105 @@
+"""The levels of a trellis code, and which of them suit a projection's weights.
+
+Weights of language models have heavier tails than a Gaussian source, most of all in the channels with the largest
+inputs: weights of 5 to 30 deviations are rare, but on a code whose levels end at 3.1 they cost more than all others
+together. So the levels are unit-Gaussian quantiles z stretched to z exp(h z²/2), Tukey's h distribution, with
+h = tail / 100 chosen for each projection: its core hardly changes, and it costs no bits.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kbvq.codes.trellis import TrellisCode
+
+TAILS = (0, 3, 6, 9, 12, 16, 20, 25)
+"""Hundredths of h that are tried; the last level lies at 3.1 for 0, 10.3 for 25."""
+
+_LOWEST, _FAR, _HIGHEST, _STEPS = -6, 3, 12, 4
+NUM_BINS, _FAR_BIN = (_HIGHEST - _LOWEST) * _STEPS, (_FAR - _LOWEST) * _STEPS
+"""Values are counted by their squares, from 2^_LOWEST to 2^_HIGHEST, in _STEPS bins an octave."""
+
+_AT_ONCE = 1 << 22  # values counted
+_SIMULATED = 16, 2048  # Gaussian sequences and their length
+_PLANTED, _SPACING = 48, 16  # values of each bin from _FAR_BIN on, one in so many Gaussian ones
+
+
+@cache
+def _stretched(tail: int) -> tuple[float, ...]:
+    quantiles = (NormalDist().inv_cdf((4 * j + 1) / 1022) for j in range(256))
+    return tuple(z * math.exp(tail / 200 * z * z) for z in quantiles)
+
+
+def levels(tail: int = 0) -> Tensor:
+    """The 256 reproduction levels, ascending and antisymmetric: float32, every one exact in float16.
+
+    Unit-Gaussian quantiles at (4j + 1) / 1022, a little farther into the tails than the midpoints (2j + 1) / 512, which
+    pays at 3 and 4 bits, stretched by `tail`.
+    """
+    return torch.tensor(_stretched(tail)).half().float()
+
+
+def value_histogram(values: Tensor, row_mass: Tensor, column_mass: Tensor) -> Tensor:
+    """How the error's weight is spread over the sizes of values, each in deviations of its column: float64 [bins].
+
+    values: [rows, columns] float32. row_mass: [rows], column_mass: [columns]; a value of row r and column c counts
+    row_mass_r column_mass_c deviation_c², which is what an error of so many deviations costs.
+    """
+    found = torch.zeros(NUM_BINS, dtype=torch.float64, device=values.device)
+    variances = values.square().mean(0).clamp_min(torch.finfo(torch.float32).tiny)
+    cost, step = column_mass * variances, max(1, _AT_ONCE // values.shape[1])
+    for rows, mass in zip(values.split(step), row_mass.split(step), strict=True):
+        costs = (mass[:, None] * cost).flatten().double()
+        found += torch.bincount(_bins(rows.square() / variances).flatten(), costs, minlength=NUM_BINS)
+    return found
+
+
+def best_tail(bits: int, histogram: Tensor) -> tuple[int, float]:
+    """(tail, mean squared error in deviations) of the levels that code values of that `value_histogram` best at so many
+    bits per value with 2^12 states."""
+    share = histogram.double().cpu() / histogram.sum().clamp_min(1e-300).item()
+    errors = _errors(bits) @ share
+    best = int(errors.argmin())
+    return TAILS[best], errors[best].item()
+
+
+def _bins(squares: Tensor) -> Tensor:
+    """Number of the bin of each squared value: the exponent of a float32 and the first bits of its fraction."""
+    first_bits = squares.float().contiguous().view(torch.int32) >> 23 - _STEPS.bit_length() + 1
+    return (first_bits - (127 + _LOWEST) * _STEPS).clamp_(0, NUM_BINS - 1).long()
+
+
+@cache
+def _errors(bits: int) -> Tensor:
+    """Mean squared error of values by tail and bin, float64 [tails, bins]: of Gaussian sequences, and of values far out
+    planted into such, which are too rare there and would be too many neighbours for the others."""
+    from kbvq.codes.trellis import TrellisCode
+
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(_SIMULATED, generator=generator)
+    planted = torch.randn(_PLANTED, NUM_BINS - _FAR_BIN, _SPACING, generator=generator)
+    squares = 2.0 ** (
+        _FAR + (torch.arange(NUM_BINS - _FAR_BIN) + torch.rand(planted.shape[:2], generator=generator)) / _STEPS
+    )
+    signs = torch.randint(2, squares.shape, generator=generator) * 2 - 1
+    planted[..., 0] = squares.sqrt() * signs
+    found = []
+    for tail in TAILS:
+        code = TrellisCode(bits, tail=tail)
+        near, far = (_mean_errors(code, values) for values in (plain, planted.flatten(1)))
+        found.append(torch.cat([near[:_FAR_BIN], far[_FAR_BIN:]]))
+    return torch.stack(found)
+
+
+def _mean_errors(code: TrellisCode, values: Tensor) -> Tensor:
+    """Of values [num_sequences, length] by bin, float64."""
+    bins = _bins(values.square()).flatten()
+    wrong = (values - code.decode(code.encode(values))).square().flatten().double()
+    return torch.bincount(bins, wrong, minlength=NUM_BINS) / torch.bincount(bins, minlength=NUM_BINS).clamp_min(1)
