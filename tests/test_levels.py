@@ -28,7 +28,7 @@ def test_the_error_is_foreseen_and_the_best_levels_are_found(bits, freedom):
     values = drawn(freedom)
     tail, foreseen = best_tail(bits, value_histogram(values, torch.ones(512), torch.ones(256)))
     errors = {other: coded_error(values, bits, other) for other in TAILS}
-    assert abs(foreseen / errors[tail] - 1) < 0.15  # too much where the core is narrower than a Gaussian one
+    assert abs(foreseen / errors[tail] - 1) < 0.2  # too much where the core is narrower than a Gaussian one
     assert errors[tail] < 1.03 * min(errors.values())
     assert (tail <= 6) if not freedom else (errors[tail] < 0.97 * errors[0])
 

@@ -19,16 +19,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kbvq.codes.trellis import TrellisCode
 
-TAILS = (0, 3, 6, 9, 12, 16, 20, 25)
-"""Hundredths of h that are tried; the last level lies at 3.1 for 0, 10.3 for 25."""
+TAILS = tuple(range(0, 51, 2))
+"""Hundredths of h that are tried; the last level lies at 3.1 for 0, at 34 for 50. Steps of two put it within 5 % of any
+weight, so that one on a massive activation loses almost nothing."""
 
-_LOWEST, _FAR, _HIGHEST, _STEPS = -6, 3, 12, 4
-NUM_BINS, _FAR_BIN = (_HIGHEST - _LOWEST) * _STEPS, (_FAR - _LOWEST) * _STEPS
-"""Values are counted by their squares, from 2^_LOWEST to 2^_HIGHEST, in _STEPS bins an octave."""
+_LOWEST, _RARE, _FAR, _HIGHEST = -6, 3, 5, 12
+_STEPS, _FAR_STEPS = 4, 64
+_RARE_BIN, _FAR_BIN = (_RARE - _LOWEST) * _STEPS, (_FAR - _LOWEST) * _STEPS
+NUM_BINS = _FAR_BIN + (_HIGHEST - _FAR) * _FAR_STEPS
+"""Values are counted by their squares, from 2^_LOWEST to 2^_HIGHEST, in _STEPS bins an octave and from 2^_FAR on in
+_FAR_STEPS."""
 
 _AT_ONCE = 1 << 22  # values counted
-_SIMULATED = 16, 2048  # Gaussian sequences and their length
-_PLANTED, _SPACING = 48, 16  # values of each bin from _FAR_BIN on, one in so many Gaussian ones
+_SIMULATED = 8, 2048  # Gaussian sequences and their length
+_PLANTED, _SPACING = 48, 16  # values of each bin from _RARE_BIN to _FAR_BIN, one in so many Gaussian ones
 
 
 @cache
@@ -72,29 +76,37 @@ def best_tail(bits: int, histogram: Tensor) -> tuple[int, float]:
 
 def _bins(squares: Tensor) -> Tensor:
     """Number of the bin of each squared value: the exponent of a float32 and the first bits of its fraction."""
-    first_bits = squares.float().contiguous().view(torch.int32) >> 23 - _STEPS.bit_length() + 1
-    return (first_bits - (127 + _LOWEST) * _STEPS).clamp_(0, NUM_BINS - 1).long()
+    bits = squares.float().contiguous().view(torch.int32)
+    near, far = (
+        (bits >> 24 - steps.bit_length()) - (127 + first) * steps
+        for first, steps in ((_LOWEST, _STEPS), (_FAR, _FAR_STEPS))
+    )
+    return torch.where(near < _FAR_BIN, near.clamp_(min=0), far.clamp_(0, NUM_BINS - 1 - _FAR_BIN) + _FAR_BIN).long()
 
 
 @cache
 def _errors(bits: int) -> Tensor:
-    """Mean squared error of values by tail and bin, float64 [tails, bins]: of Gaussian sequences, and of values far out
-    planted into such, which are too rare there and would be too many neighbours for the others."""
+    """Mean squared error of values by tail and bin, float64 [tails, bins].
+
+    Of values up to _RARE from Gaussian sequences; of those up to _FAR planted into such, as there are hardly any. What
+    lies farther out is so rare that its neighbours give way: it gets the nearest level.
+    """
     from kbvq.codes.trellis import TrellisCode
 
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(_SIMULATED, generator=generator)
-    planted = torch.randn(_PLANTED, NUM_BINS - _FAR_BIN, _SPACING, generator=generator)
-    squares = 2.0 ** (
-        _FAR + (torch.arange(NUM_BINS - _FAR_BIN) + torch.rand(planted.shape[:2], generator=generator)) / _STEPS
-    )
-    signs = torch.randint(2, squares.shape, generator=generator) * 2 - 1
-    planted[..., 0] = squares.sqrt() * signs
+    planted = torch.randn(_PLANTED, _FAR_BIN - _RARE_BIN, _SPACING, generator=generator)
+    places = torch.arange(_FAR_BIN - _RARE_BIN) + torch.rand(planted.shape[:2], generator=generator)
+    signs = torch.randint(2, places.shape, generator=generator) * 2 - 1
+    planted[..., 0] = (2.0 ** (_RARE + places / _STEPS)).sqrt() * signs
+    octaves = 2.0 ** torch.arange(_FAR, _HIGHEST)[:, None]
+    far = (octaves * (1 + (torch.arange(_FAR_STEPS) + 0.5) / _FAR_STEPS)).flatten().sqrt().double()
     found = []
     for tail in TAILS:
         code = TrellisCode(bits, tail=tail)
-        near, far = (_mean_errors(code, values) for values in (plain, planted.flatten(1)))
-        found.append(torch.cat([near[:_FAR_BIN], far[_FAR_BIN:]]))
+        near, rare = (_mean_errors(code, values) for values in (plain, planted.flatten(1)))
+        nearest = (far[:, None] - levels(tail).double()).abs().amin(1).square()
+        found.append(torch.cat([near[:_RARE_BIN], rare[_RARE_BIN:_FAR_BIN], nearest]))
     return torch.stack(found)
 
 

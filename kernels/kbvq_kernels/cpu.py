@@ -29,6 +29,10 @@ from kbvq_kernels.reference import (
 DECODE_TOKENS = 16
 """Up to this many tokens of one expert are multiplied while decoding; above, its rows are decoded once for F.linear."""
 
+MAX_INTEGER_TAIL = {1: 50, 2: 50, 3: 36, 4: 22}
+"""Bits -> tail of a trellis code's levels from which on rounding them to 8 bits would cost more than a tenth of the
+code's own error: such projections are multiplied in floats."""
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -202,7 +206,10 @@ def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjec
     integers: round x to 8 bits where the codes have integers to multiply it with.
     """
     out = torch.empty(experts.numel(), p.out_features)
-    by_integers = integers and p.words is not None  # trellis codes have words for their levels in float32
+    if p.trellis_bits:
+        by_integers = integers and p.tail <= MAX_INTEGER_TAIL[p.trellis_bits]
+    else:
+        by_integers = integers and p.words is not None
     (_integer_products if by_integers else _float_products)(x, rows, experts, p, out)
     if p.rank:
         low = (x @ p.basis.float().T)[rows]

@@ -15,6 +15,8 @@ from packed_case import random_projection, random_routing, stored_weights
 import kbvq_kernels
 from kbvq import structures
 from kbvq.codes import trellis
+from kbvq.codes.levels import levels
+from kbvq.recipes import CODES
 from kbvq_kernels import build, cpu, ops, prepare, prepared, reference, slower_than_bf16, supports
 
 FORMATS = {
@@ -44,7 +46,8 @@ FORMATS = {
     "trellis-3": {"codebook": "trellis", "codebook_size": 8},
     "trellis-4": {"codebook": "trellis", "codebook_size": 16},
     "trellis-3-stretched": {"codebook": "trellis", "codebook_size": 8, "tail": 20},
-    "trellis-4-stretched": {"codebook": "trellis", "codebook_size": 16, "tail": 50, "rank": 2},
+    "trellis-4-stretched": {"codebook": "trellis", "codebook_size": 16, "tail": 22, "rank": 2},
+    "far-trellis-4": {"codebook": "trellis", "codebook_size": 16, "tail": 50},
 }  # fmt: skip
 
 
@@ -153,6 +156,17 @@ def test_integer_products_are_exact_but_for_the_rounding_of_x(name, in_features)
     x = torch.randn(5, in_features, generator=torch.Generator().manual_seed(4))
     expected = torch.einsum("pnk,pk->pn", weights[experts], rounded_to_8_bits(x)[rows])
     assert error(cpu._decode_products(x, rows, experts, prepared, integers=True), expected) < 1e-6
+
+
+def test_levels_that_8_bits_hold_too_badly_are_multiplied_in_floats():
+    tensors, fields = random_projection(3, 544, 40, **FORMATS["far-trellis-4"])
+    x, experts = torch.randn(3, 40, generator=torch.Generator().manual_seed(4)), torch.arange(3)
+    expected = torch.einsum("pnk,pk->pn", stored_weights(tensors, fields), x.double()) + tensors["bias"].double()
+    assert error(cpu._decode_products(x, experts, experts, prepare(tensors, **fields), integers=True), expected) < 1e-6
+    for bits, largest in cpu.MAX_INTEGER_TAIL.items():
+        rounding = [(levels(tail).max().item() / 127) ** 2 / 12 for tail in (largest, largest + 2)]
+        allowed = 0.1 * CODES["trellis"][bits].distortion
+        assert rounding[0] < allowed and (rounding[1] > allowed or largest == structures.MAX_TAIL)
 
 
 @pytest.mark.parametrize("rows", [24, 328])  # part of what is decoded at once; several blocks and a part
