@@ -15,11 +15,13 @@ import pytest
 import real_table
 import task_table
 import torch
+import trellis_levels
 import weight_codes
 from tiny_models import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from kbvq.recipes import make_recipe
+from kbvq.structures import InputMoments
 from kbvq_eval.baseline import BaselineCache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +147,23 @@ def test_code_formats_are_compared_on_one_projection_and_leave_the_model_as_it_w
     assert row["kl"] > 0 and 0 < row["relative_error"] < 0.1 and row["bits_per_weight"] > 2
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert "| `sign-vq` | " in weight_codes.markdown([row], "")
+
+
+def test_stretched_levels_help_heavy_tails_and_what_they_save_is_foreseen():
+    """Gaussian weights, and the same with a few of ten deviations: coded both ways."""
+    generator = torch.Generator().manual_seed(0)
+    weights, inputs = torch.randn(2, 128, 64, generator=generator), torch.randn(2, 500, 64, generator=generator)
+    moments = InputMoments.zeros(2, 64)
+    for expert in range(2):
+        moments.add_(expert, inputs[expert][: 400 + 100 * expert], torch.ones(400 + 100 * expert))
+    plain = trellis_levels.measure("plain", weights, moments)
+    weights[1] *= 1 + 5 * (torch.rand(128, 64, generator=generator) < 0.01)
+    heavy = trellis_levels.measure("heavy", weights, moments)
+    assert heavy.kurtosis > 4 > plain.kurtosis
+    for bits in trellis_levels.BITS:
+        old, tail, new, foreseen = heavy.errors[bits]
+        assert new < 0.9 * old and tail > plain.errors[bits][1] and abs(foreseen / new - 1) < 0.25
+    assert f"| heavy | {heavy.kurtosis:.1f} | " in trellis_levels.markdown([plain, heavy], "")
 
 
 def test_decoder_speed_states_both_sizes(tmp_path):
