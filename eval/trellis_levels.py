@@ -3,9 +3,9 @@
     python eval/trellis_levels.py --model DIR --output docs/results/trellis_levels.md
 
 Columns of each projection's busiest expert, behind row and channel scales, are coded at 2, 3 and 4 bits with the levels
-of Gaussian values and with those that kbvq.codes.levels chooses, beside the error that it foresees. A column counts by
-what its error costs under the second moment of the expert's inputs; the heaviest ones are all coded, of the others
-every STEP-th one. Errors are those of the code alone, without feedback, relative to the values' own square.
+of Gaussian values and with those that kbvq.codes.level_choice chooses, beside the error that it foresees. A column
+counts by what its error costs under the second moment of the expert's inputs; the heaviest ones are all coded, of the
+others every STEP-th one. Errors are those of the code alone, without feedback, relative to the values' own square.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kbvq.codes.levels import best_tail, value_histogram
+from kbvq.codes.level_choice import best_tail, value_histogram
 from kbvq.codes.trellis import TrellisCode
+from kbvq.method.error_feedback import channel_order
 from kbvq.method.vector_quantization import expert_factor, row_scales
 from kbvq.models.calibration import ObservedBank
 from kbvq.models.calibration_text import calibration_windows, load_texts
@@ -48,7 +49,7 @@ def measure(name: str, weights: Tensor, moments: InputMoments) -> Row:
     expert = int(moments.tokens.argmax())
     weight = weights[expert].float()
     second_moment, _ = moments.expert_moments(expert, recipe.prior_tokens)
-    order = second_moment.diagonal().argsort(descending=True)
+    order = channel_order(second_moment, 1)
     tokens = int(moments.tokens[expert])
     diagonal = expert_factor(second_moment[order][:, order], tokens, recipe).diagonal().square()
     scales = row_scales(weight)

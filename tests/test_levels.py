@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kbvq.codes.levels import TAILS, best_tail, levels, value_histogram
+from kbvq.codes.level_choice import TAILS, best_tail, value_histogram
+from kbvq.codes.levels import levels
 from kbvq.codes.trellis import TrellisCode
 
 

@@ -6,7 +6,7 @@ from stand_in_experts import StandInExperts
 from torch import nn
 from torch.nn.functional import silu
 
-from kbvq.codes import levels
+from kbvq.codes import level_choice
 from kbvq.codes.packing import dequantize_expert
 from kbvq.method.projection import quantize_projection
 from kbvq.method.rate_distortion import weighted_error
@@ -90,21 +90,23 @@ def test_weights_far_out_on_a_heavy_channel_are_foreseen_and_levels_reach_them(b
     found = {}
     for stretched in (True, False):
         if not stretched:
-            monkeypatch.setattr(levels, "TAILS", (0,))
-            levels._errors.cache_clear()
+            monkeypatch.setattr(level_choice, "TAILS", (0,))
+            level_choice._errors.cache_clear()
         law = noise_law(weights, moments, recipe, (2, 3))
         noise = law.noise(law.white(torch.Generator().manual_seed(1)), 2)
         lowest = sum(weighted_error(noise[e], moments.expert_moments(e, 0.0)[0]) for e in range(EXPERTS))
         for rank in (0, 2):
             found[stretched, rank] = quantization_error(weights, moments, recipe, bits, rank=rank)
             assert 0.5 < lowest * law.energies.errors[bits, rank] / found[stretched, rank] < 2
-    levels._errors.cache_clear()
+    level_choice._errors.cache_clear()
     assert found[True, 0] < 0.7 * found[False, 0]
     assert found[False, 2] < 0.7 * found[False, 0]
     # What is foreseen is not what is probed, and predictions start from the probes.
     sensitivity = Sensitivity({2: 0.01, 3: 0.003}, law.energies)
     assert law.energies.errors[3, 0] > 1.5 * law.energies.noise[3]
     assert sensitivity.predict(3, 0, bias=False) > 0.0045 > 0.003 > sensitivity.predict(3, 2, bias=False)
+    fitted = noise_law(weights, moments, make_recipe("fast", 2), (2, 3)).energies  # tables are fitted to such weights
+    assert all(abs(fitted.errors[rate, 0] - noise) < 1e-9 for rate, noise in fitted.noise.items())
 
 
 def test_bias_share_is_the_constant_part_of_the_error():
@@ -120,6 +122,7 @@ def test_bias_share_is_the_constant_part_of_the_error():
     assert abs(law.energies.bias_share - constant / total) < 0.05
     sensitivity = Sensitivity({2: 0.01, 3: 0.003}, law.energies)
     assert sensitivity.predict(2, 0, bias=True) < sensitivity.predict(2, 0, bias=False)
+    assert abs(sensitivity.predict(2, 0, bias=False) - 0.01) < 0.0002  # Gaussian weights err as they were probed
 
 
 def test_predictions_follow_the_power_law_through_the_probes():

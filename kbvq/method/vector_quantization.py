@@ -16,7 +16,7 @@ from torch import Tensor
 from kbvq.codes.codebooks import REFIT_VECTORS, Codebook, NetworkCodebook, Refit, TableCodebook, TrellisCodebook
 from kbvq.codes.grouped_residual import fit_grouped_codebooks
 from kbvq.codes.kmeans import kmeans
-from kbvq.codes.levels import NUM_BINS, best_tail, value_histogram
+from kbvq.codes.level_choice import NUM_BINS, best_tail, value_histogram
 from kbvq.codes.packing import new_network
 from kbvq.codes.residual_quantization import fit_residual_codebooks
 from kbvq.method.error_feedback import (

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from kbvq.codes.levels import NUM_BINS, best_tail, value_histogram
+from kbvq.codes.level_choice import NUM_BINS, best_tail, value_histogram
 from kbvq.method.error_feedback import channel_order, error_passing, target_variances
 from kbvq.method.shared_basis import shared_low_rank
 from kbvq.method.vector_quantization import expert_factor, row_scales
