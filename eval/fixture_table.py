@@ -1,4 +1,4 @@
-"""The results table of the README: recipes and the parts of the paper on the bundled model, at true bits.
+"""The bundled model's table in the README: recipes and the parts of the paper on the bundled model, at true bits.
 
     python eval/fixture_table.py --bits 2 3 --seeds 0 1 2
 
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from readme_tables import write_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kbvq
@@ -205,7 +205,7 @@ def limits_table(results: list[dict]) -> str:
 
 
 def readme_table(results: list[dict]) -> str:
-    """The table on the README's first screen: both rates side by side, means over seeds."""
+    """The README's table: both rates side by side, means over seeds."""
     lines = [
         "| bundled MoE, unseen text | true bits | KL | ΔNLL ± s.e. | top-1 | true bits | KL | ΔNLL ± s.e. | top-1 |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -231,14 +231,6 @@ def readme_table(results: list[dict]) -> str:
 
 
 _SHOWN = ("bits_per_weight", "kl", "delta_nll", "delta_nll_stderr", "agreement")
-_README_BLOCK = re.compile(r"(<!-- results[^>]*-->\n\n).*?(\n\n<!-- end of results -->)", flags=re.DOTALL)
-
-
-def write_readme(results: list[dict]) -> None:
-    """Put the table into README.md, between its marks."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(_README_BLOCK.sub(lambda m: m[1] + readme_table(results) + m[2], text), encoding="utf-8")
 
 
 def main() -> None:
@@ -286,7 +278,7 @@ def main() -> None:
                 options.output.with_suffix(".md").write_text(markdown(results, versions), encoding="utf-8")
                 print(markdown([measured], versions).splitlines()[2], flush=True)
     if options.text == "test" and options.output.resolve() == RESULTS:
-        write_readme(results)
+        write_table("the bundled model", readme_table(results))
     print(markdown(results, versions))
 
 

@@ -7,7 +7,7 @@ nats per token, top-1 agreement, true bits per expert weight, the ranks of the s
 time and peak memory of what made it. kbvq's rows are made here, those of other tools by eval/peers/run.py in DIR;
 `--ablate fast` adds a row for each part that is left out of that recipe (docs/results/ablation.md). Choices are made on
 the validation text; the test text is for the table alone. Rows that the JSON file has already are kept, so that an
-interrupted run goes on.
+interrupted run goes on. The first table of the README is written anew unless another file is given.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from readme_tables import write_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kbvq
@@ -41,6 +42,7 @@ from kbvq_eval.windows import text_windows
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "tests" / "models" / "tiny-qwen3-moe"
 DATA = ROOT / "tests" / "data"
+RESULTS = ROOT / "docs" / "results" / "real.json"
 WINDOW = 256
 CALIBRATION_WINDOWS = 128
 
@@ -188,6 +190,51 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(parts)
 
 
+SHOWN = {
+    "AutoRound 0.16.1, group 64, 200 iterations": ("autoround", "autoround"),
+    "llama.cpp IQ2_XS and IQ3_XXS, importance matrix": ("llamacpp-IQ2_XS", "llamacpp-IQ3_XXS"),
+    "kbvq `default`": ("kbvq default", "kbvq default"),
+    "kbvq `best`": ("kbvq best", "kbvq best"),
+}
+"""Rows of the README's table: the tool at 2 and the one at 3 bits."""
+
+MODELS = {
+    "one": "one expert a layer",
+    "dealt": "8 experts that share its neurons, all active",
+    "carved": "8 routed experts and a shared one, carved out of it",
+    "upcycled": "4 experts upcycled from it",
+}
+
+
+def readme_table(rows: list[dict]) -> str:
+    """The README's table: both rates side by side, means over seeds, test text and CALIBRATION_WINDOWS windows."""
+    lines = [
+        "| SmolLM2-135M as | | true bits | KL | ΔNLL ± s.e. | top-1 | true bits | KL | ΔNLL ± s.e. | top-1 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    key = {"text": "test", "samples": CALIBRATION_WINDOWS}
+    for model, description in MODELS.items():
+        for name, tools in SHOWN.items():
+            found = {}
+            for group, tool in zip((2, 3), tools, strict=True):
+                wanted = key | {"model": model, "tool": tool, "group": group}
+                found[group] = [row for row in rows if wanted.items() <= row.items()]
+            if not any(found.values()):
+                continue
+            cells = [description, name]
+            for runs in found.values():
+                if not runs:
+                    cells += ["–"] * 4
+                    continue
+                mean = {score: statistics.fmean(run[score] for run in runs) for score in (*SCORES, "bits_per_weight")}
+                bits, kl, nll = (mean[score] for score in ("bits_per_weight", "kl", "delta_nll"))
+                accuracy = f"{100 * mean['agreement']:.1f} %"
+                cells += [f"{bits:.2f}", f"{kl:.3f}", f"{nll:.3f} ± {mean['delta_nll_stderr']:.3f}", accuracy]
+            lines.append("| " + " | ".join(cells) + " |")
+            description = ""
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="what eval/real_model.py wrote; not needed for the bundled model")
@@ -203,7 +250,7 @@ def main() -> None:
     parser.add_argument("--text", choices=("validation", "test"), default="validation")
     parser.add_argument("--windows", type=int, default=48, help="of 256 tokens, that are scored")
     parser.add_argument("--keep", type=Path, help="folder in which kbvq's checkpoints stay (for eval/task_table.py)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "real.json")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quantize", help=argparse.SUPPRESS)  # see measure
     options = parser.parse_args()
     if options.quantize:
@@ -218,6 +265,8 @@ def main() -> None:
     versions |= {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
     for name in options.model:
         measure_model(name, options, results, versions)
+    if options.output.resolve() == RESULTS:
+        write_table("a real model", readme_table(results["results"]))
     print(markdown(results["results"]))
 
 

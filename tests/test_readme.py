@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fixture_table
 import matplotlib
 import plot_results
 import pytest
+import real_table
+from readme_tables import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,12 +42,24 @@ def run(command, folder):
     return result.stdout
 
 
-def test_results_table_is_that_of_the_recorded_measurements(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "eval")
-    from fixture_table import readme_table
+@pytest.mark.parametrize(("script", "results"), [(fixture_table, "fixture"), (real_table, "real")])
+def test_results_tables_are_those_of_the_recorded_measurements(script, results):
+    recorded = json.loads((ROOT / "docs" / "results" / f"{results}.json").read_text(encoding="utf-8"))
+    assert script.readme_table(recorded["results"]) in (ROOT / "README.md").read_text(encoding="utf-8")
 
-    recorded = json.loads((ROOT / "docs" / "results" / "fixture.json").read_text(encoding="utf-8"))
-    assert readme_table(recorded["results"]) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+@pytest.mark.parametrize("script", [fixture_table, real_table])
+def test_table_is_written_between_its_marks_alone(script, tmp_path):
+    copy = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    copy.write_text(text, encoding="utf-8")
+    (name,) = re.findall(r'write_table\("(.*?)"', Path(script.__file__).read_text(encoding="utf-8"))
+    write_table(name, "| other |", copy)
+    before, _, after = copy.read_text(encoding="utf-8").partition("| other |")
+    assert text.startswith(before) and text.endswith(after)
+    assert before.endswith("-->\n\n") and after.startswith(f"\n\n<!-- end of {name} -->")
+    with pytest.raises(ValueError, match="0 tables"):
+        write_table("what is not there", "| other |", copy)
 
 
 def test_picture_is_that_of_the_recorded_measurements(tmp_path):
