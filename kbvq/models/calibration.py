@@ -268,6 +268,11 @@ class LayerRunner:
         """The batches of this rank's share of so many windows."""
         return self.ranks.batches(windows, self.batch_size)
 
+    @staticmethod
+    def sample(hidden_states: Tensor) -> Tensor:
+        """One window of them, for questions about how the layer is built."""
+        return hidden_states[:1]
+
     def batch(self, hidden_states: Tensor) -> Tensor:
         """Output for a batch of at most `batch_size` windows, on `device`; differentiable."""
         self.store.release()
@@ -352,13 +357,13 @@ def recording(modules: Iterable[ObservedBank], *, idle: bool = False) -> Iterato
 
 def idle_suffices(run: LayerRunner, hidden_states: Tensor, observed: Mapping[ExpertBank, ObservedBank]) -> bool:
     """Whether the banks of the layer are called with the same while they are idle: so where none of them sees what
-    another one gives. hidden_states: layer inputs, [windows, tokens, hidden_size], of which a batch is run."""
+    another one gives. hidden_states: layer inputs, [windows, tokens, hidden_size], of which a window is run."""
     if len(observed) < 2:
         return True
     calls = []
     for idle in (False, True):
         with recording(observed.values(), idle=idle), torch.no_grad():
-            run.batch(hidden_states[: run.batch_size])
+            run.batch(run.sample(hidden_states))
             found = [module.recorded for module in observed.values()]
         calls.append([(each.inputs, each.top_k_index, each.top_k_weights) for each in found if each is not None])
     return all(torch.equal(one, two) for both in zip(*calls, strict=True) for one, two in zip(*both, strict=True))

@@ -30,7 +30,7 @@ def output_projection(run: LayerRunner, hidden_states: Tensor) -> str | None:
     Names differ between families, so it is found by what it does: where its output is held fixed, moving the layer's
     input by −Δ and that output by Δ changes nothing. hidden_states: layer inputs, [windows, tokens, hidden_size].
     """
-    inputs = hidden_states[: run.batch_size].to(run.device)
+    inputs = run.sample(hidden_states).to(run.device)
     if inputs.dim() != 3:  # several residual streams
         return None
     candidates = {

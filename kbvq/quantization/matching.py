@@ -102,8 +102,9 @@ def match_outputs(
         recorded = {bank: module.recorded for bank, module in observed.items()}
         for bank, module in observed.items():
             if bank.kind == "routed" and bank not in additive:
-                additive[bank] = _is_additive(run, module, student[part], outputs)
-                module.recorded = recorded[bank]
+                additive[bank] = _is_additive(run, module, student)
+        for bank, module in observed.items():
+            module.recorded = recorded[bank]
         for bank, module in observed.items():
             own: list[Tensor] = []
             biases = [module.original_biases.get(name) for name in PROJECTIONS]
@@ -186,8 +187,12 @@ def _by_expert(module: ObservedBank) -> Iterator[tuple[int, Tensor, Tensor, Tens
         yield expert, tokens, routing, inputs
 
 
-def _is_additive(run: LayerRunner, module: ObservedBank, inputs: Tensor, outputs: Tensor) -> bool:
-    """Whether the layer adds the bank's output to its own as it is: not so where a norm or a factor follows it."""
+def _is_additive(run: LayerRunner, module: ObservedBank, hidden_states: Tensor) -> bool:
+    """Whether the layer adds the bank's output to its own as it is: not so where a norm or a factor follows it.
+    hidden_states: layer inputs, [windows, tokens, hidden_size], of which a window is run."""
+    inputs = run.sample(hidden_states)
+    outputs = run.batch(inputs)
+    assert module.recorded is not None
     generator = torch.Generator().manual_seed(0)
     spread = module.recorded.outputs.float().std().item()
     offset = spread * torch.randn(module.recorded.outputs.shape, generator=generator).to(run.device)

@@ -516,7 +516,7 @@ class Windows:
         # The windows that are probed: the activations of all projections are kept for them (sensitivity).
         self.num_probed = probed_windows(stream, *token_ids.shape)
         # The layers' arguments depend on the rows of a batch; the last one may have fewer, and tuning takes fewer.
-        rows = {min(self.batch_size, len(token_ids)), self.num_probed}
+        rows = {1, min(self.batch_size, len(token_ids)), self.num_probed}  # one: LayerRunner.sample
         rows |= {len(token_ids) % self.batch_size or self.batch_size}
         rows |= {windows_per_step(token_ids.shape[1], len(token_ids))}
         self.layer_kwargs = {
