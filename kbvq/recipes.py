@@ -112,6 +112,8 @@ class Recipe:
     sampling_damping: added beside it, in medians of the diagonal, is so many times channels / tokens of the expert: the
         fewer tokens, the less their correlations are those of other text.
     routing_weighted: a token counts in the moments by its squared routing weight.
+    row_importance: how far the bits of a trellis code follow what an error in each output of gate and up costs
+        (quantization.row_importance), as a power of it: 0 for not at all, 1 for in full.
     matching: code the weights that give the original's outputs on the quantized model's inputs, instead of the original
         ones, and take back what the residual stream lacks by then (target_weights, quantization.matching).
     tuning_steps: steps of Adam on each layer's output (block_tuning), 0 for none; tuning_rate: their learning rate.
@@ -143,6 +145,7 @@ class Recipe:
     damping: float = 0.01
     sampling_damping: float = 0.0
     routing_weighted: bool = False
+    row_importance: float = 0.0
     matching: bool = False
     tuning_steps: int = 0
     tuning_rate: float = 5e-3
@@ -298,8 +301,8 @@ _FAST: dict[str, object] = {
 _RECIPES: dict[str, dict[str, object]] = {
     "paper": {},
     "fast": _FAST,
-    "default": _FAST | {"codebook": "trellis"},
-    "best": _FAST | {"codebook": "trellis", "distillation_steps": 60},
+    "default": _FAST | {"codebook": "trellis", "row_importance": 1.0},
+    "best": _FAST | {"codebook": "trellis", "row_importance": 1.0, "distillation_steps": 60},
 }
 
 RECIPE_NAMES = tuple(_RECIPES)

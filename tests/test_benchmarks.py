@@ -13,6 +13,7 @@ import fitted_text
 import generation_speed
 import pytest
 import real_table
+import row_importance
 import task_table
 import torch
 import trellis_levels
@@ -164,6 +165,22 @@ def test_stretched_levels_help_heavy_tails_and_what_they_save_is_foreseen():
         old, tail, new, foreseen = heavy.errors[bits]
         assert new < 0.9 * old and tail > plain.errors[bits][1] and abs(foreseen / new - 1) < 0.25
     assert f"| heavy | {heavy.kurtosis:.1f} | " in trellis_levels.markdown([plain, heavy], "")
+
+
+def test_row_importance_compares_both_orders(tmp_path, monkeypatch):
+    folder, output = tmp_path / "model", tmp_path / "rows.md"
+    save_tiny_model(folder, "mixtral", dtype=torch.bfloat16)
+    tiny_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(
+        sys, "argv", ["row_importance.py", "--model", str(folder), "--windows", "2", "--output", str(output)]
+    )
+    row_importance.main()
+    assert "| model.layers.0.mlp.experts | " in output.read_text()
+    generator = torch.Generator().manual_seed(0)
+    energy = torch.randn(512, generator=generator).exp()
+    row = row_importance.measure("gate and up", torch.randn(1024, 64, generator=generator), energy.repeat(2), energy)
+    for bits in row_importance.BITS:
+        assert row.ideal < row.spread[bits] < 1.2 * row.ideal < 0.8 < row.descending[bits]
 
 
 def test_decoder_speed_states_both_sizes(tmp_path):

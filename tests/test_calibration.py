@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model
 from torch.nn.functional import silu
 
-from kbvq.models.calibration import ObservedBank
+from kbvq.models.calibration import ObservedBank, spread_order
 from kbvq.models.moe_adapters import find_expert_banks, read_experts
 
 
@@ -65,5 +65,15 @@ def test_sorted_channels_compute_the_same_and_are_dealt_out_by_energy(vector_dim
     torch.testing.assert_close(again.outer_sum, moments.outer_sum, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(again.input_sum, moments.input_sum, rtol=1e-4, atol=1e-4)
     energy = again.outer_sum.diagonal(dim1=1, dim2=2).unflatten(1, (-1, vector_dim))
-    # Each place in a vector holds one part of the descending order, from first vector to last.
-    assert (energy.mT.flatten(1).diff(dim=1) <= 1e-4).all()
+    if vector_dim == 1:
+        for of_expert in energy[..., 0]:
+            ranks = of_expert.argsort().argsort()
+            few = ranks.unfold(0, 5, 1)  # any neighbours have strong and weak ones among them
+            assert (few.amax(1) >= 0.6 * len(ranks)).all() and (few.amin(1) < 0.4 * len(ranks)).all()
+    else:  # each place in a vector holds one part of the descending order, from first vector to last
+        assert (energy.mT.flatten(1).diff(dim=1) <= 1e-4).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 20, 768, 1408, 14336])
+def test_spread_order_is_a_permutation(length):
+    assert spread_order(length).sort().values.tolist() == list(range(length))

@@ -83,9 +83,9 @@ def test_a_shared_table_is_refitted_by_some_rows_nearly_as_well_as_by_all(monkey
         moments.add_(expert, torch.randn(400, n, generator=generator) * torch.linspace(3, 0.1, n), torch.ones(400))
     coded_rows = []
 
-    def watched(weights, *rest):
+    def watched(weights, *rest, **options):
         coded_rows.append(weights.shape[1])
-        return encode_with_feedback(weights, *rest)
+        return encode_with_feedback(weights, *rest, **options)
 
     def error(recipe):
         format = recipe.projection_format(2, rows, n)
@@ -256,3 +256,31 @@ def test_report_has_the_error_of_each_expert_and_the_share_of_the_strongest_dire
         shares.append(largest.cumsum(0) / largest.sum())
     assert report.spectrum[0] == 0 and report.spectrum[-1] == pytest.approx(1)
     assert report.spectrum[1:] == pytest.approx(torch.stack(shares).mean(0).tolist(), abs=1e-5)  # 32 directions
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_trellis_spends_its_bits_on_the_rows_that_count(bits):
+    """Rows whose outputs count e^±1 times as much as the mean: the weighted error falls to about what a rate of its own
+    for each row would give, their geometric by their arithmetic mean, and the bytes stay the same."""
+    generator = torch.Generator().manual_seed(0)
+    n, rows = 64, 1024
+    weights, moments = torch.randn(1, rows, n, generator=generator), InputMoments.zeros(1, n)
+    moments.add_(0, torch.randn(4000, n, generator=generator) * torch.linspace(2, 0.5, n), torch.ones(4000))
+    importance = torch.randn(1, rows, generator=generator).exp()
+    recipe = make_recipe("default", bits, budget=False, idre=False, bcos=False, prior_tokens=0.0)
+    format = recipe.projection_format(1, rows, n)
+    second_moment, _ = moments.expert_moments(0, 0.0)
+
+    def errors(importance):
+        packed = quantize_projection(weights, moments, moments, format, recipe, seed=0, importance=importance)
+        wrong = weights[0] - dequantize_expert(packed.format, packed.tensors, 0)
+        return (wrong @ second_moment * wrong).sum(1), packed.format.num_bytes
+
+    (alike, size), (weighted, same_size) = errors(None), errors(importance)
+    ideal = importance[0].log().mean().exp() / importance[0].mean()
+    gain = (importance[0] @ weighted) / (importance[0] @ alike)
+    assert 0.95 * ideal < gain < 1.2 * ideal
+    assert size == same_size
+    # Weighted, all rows have about the same error: those of the first quarter in importance as those of the last.
+    by_rank = (importance[0] * weighted)[importance[0].argsort()].unflatten(0, (4, -1)).mean(1)
+    assert by_rank.amax() < 1.6 * by_rank.amin()

@@ -67,6 +67,25 @@ def test_noise_has_the_size_of_the_error_that_quantization_makes_at_every_rate()
         assert 0.8 < drawn(2) * law.energies.errors[bits, 0] / made < 1.25
 
 
+def test_noise_of_rows_that_differ_in_importance_is_that_of_their_errors():
+    """Within a third for each quarter of the rows by importance."""
+    recipe = make_recipe("default", 2, bcos=False, prior_tokens=0.0)
+    weights, moments = problem()
+    importance = torch.randn(EXPERTS, OUT, generator=torch.Generator().manual_seed(2)).exp()
+    law = noise_law(weights, moments, recipe, (2, 3), importance=importance)
+    format = recipe.projection_format(*weights.shape, bits=2)
+    packed = quantize_projection(weights, moments, moments, format, recipe, seed=0, importance=importance)
+    noise = law.noise(law.white(torch.Generator().manual_seed(1)), 2)
+    drawn, made = [], []
+    for e, w in enumerate(weights):
+        second_moment, ranks = moments.expert_moments(e, 0.0)[0], importance[e].argsort().view(4, -1)
+        for found, wrong in ((drawn, noise[e]), (made, w - dequantize_expert(packed.format, packed.tensors, e))):
+            found.append((wrong @ second_moment * wrong).sum(1)[ranks].sum(1))
+    ratios = torch.stack(drawn).sum(0) / torch.stack(made).sum(0)
+    assert ((0.75 < ratios) & (ratios < 1.35)).all(), ratios
+    assert torch.stack(made).sum(0)[0] > 3 * torch.stack(made).sum(0)[-1]
+
+
 def test_growth_says_what_a_shared_basis_saves():
     recipe = make_recipe("best", 2, bcos=False, prior_tokens=0.0, idre=True)
     for shared in (0.0, 0.05):

@@ -58,10 +58,14 @@ def work(recipe):
     """What a member does."""
     weights, moments, sums = problem()
 
+    importance = torch.rand(EXPERTS, OUT, generator=torch.Generator().manual_seed(3))
+
     def quantize(team):
         goal = goal_of(weights, sums, moments, 8.0, team=team)
         format = recipe.projection_format(EXPERTS, OUT, IN, bits=2, rank=2)
-        packed = quantize_projection(weights, moments, moments, format, recipe, seed=5, goal=goal, team=team)
+        packed = quantize_projection(
+            weights, moments, moments, format, recipe, seed=5, goal=goal, importance=importance, team=team
+        )
         return goal, packed, report_projection(weights, packed, moments, prior_tokens=8.0, team=team)
 
     return quantize
@@ -74,7 +78,7 @@ def coded(monkeypatch):
     monkeypatch.setattr(
         vector_quantization,
         "encode_with_feedback",
-        lambda weights, *rest: (counts.append(len(weights)), original(weights, *rest))[1],
+        lambda weights, *rest, **options: (counts.append(len(weights)), original(weights, *rest, **options))[1],
     )
     return counts
 

@@ -35,14 +35,15 @@ class FeedbackBlock:
     coding order (error_feedback).
 
     weights: [E, rows, width] float32. carried: the same shape, (W − Ŵ) M of the channels before; used up. factor: M
-    within the block, [E, width, width]. scale: [E, rows] > 0. codes: [num_planes, E, rows, width / vector_dim], to be
-    written. error: W − Ŵ, as weights, to be written.
+    within the block, [E, width, width]. scale: [E, rows] > 0. mass: [E, rows], how much a row counts. codes:
+    [num_planes, E, rows, width / vector_dim], to be written. error: W − Ŵ, as weights, to be written.
     """
 
     weights: Tensor
     carried: Tensor
     factor: Tensor
     scale: Tensor
+    mass: Tensor
     codes: Tensor
     error: Tensor
 
@@ -275,7 +276,7 @@ class TrellisCodebook:
     def code_block(self, block: FeedbackBlock, refit: Refit | None) -> bool:
         if not self.code.is_compiled(block.weights.device):
             return False
-        mass = _relative_mass(block.scale.square())
+        mass = _relative_mass(block.mass)
         self.code.encode_block(
             block.weights, block.carried, block.factor, block.scale, mass, block.codes[0], block.error
         )

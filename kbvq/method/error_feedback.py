@@ -103,12 +103,20 @@ def simulated_target_variances(factor: Tensor, variances: Tensor, distortion: fl
 
 
 def encode_with_feedback(
-    weights: Tensor, factor: Tensor, codebook: Codebook, scale: Tensor, refit: Refit | None = None
+    weights: Tensor,
+    factor: Tensor,
+    codebook: Codebook,
+    scale: Tensor,
+    refit: Refit | None = None,
+    *,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """Codes of all experts of a bank in coding order.
 
     weights: [E, out_features, n] float32, channels in coding order. factor: M of each expert, [E, n, n].
     scale: [E, out_features] > 0; ŵ = scale · decode(code). refit: takes part in every choice made (codebooks).
+    importance: [E, out_features], what a squared error of a row's output counts, or None for all alike; codes that are
+    of one row each are the same whatever it is.
     Returns integers [num_planes, E, out_features, n / vector_dim].
     """
     num_experts, out_features, n = weights.shape
@@ -117,6 +125,7 @@ def encode_with_feedback(
     codes = torch.empty(shape, dtype=codebook.code_dtype, device=weights.device)
     if not num_experts:
         return codes
+    mass = scale.square() if importance is None else scale.square() * importance
     error = torch.empty_like(weights)  # W − Ŵ of the channels coded so far
     carried = weights.new_empty(num_experts, out_features, _BLOCK)
     for start in range(0, n, _BLOCK):
@@ -129,6 +138,7 @@ def encode_with_feedback(
             carried,
             factor[:, start:end, start:end],
             scale,
+            mass,
             codes[..., start // dim : end // dim],
             error[..., start:end],
         )
@@ -140,18 +150,17 @@ def encode_with_feedback(
 def _code_block(block: FeedbackBlock, codebook: Codebook, refit: Refit | None) -> None:
     """Codes of a block of channels, group by group."""
     dim, width = codebook.vector_dim, block.weights.shape[-1]
-    mass = block.scale.square()
     for start in range(0, width, dim):
         stop = start + dim
         metric = block.factor[:, start:stop, start:stop]
         carried = block.carried[..., start:stop]
         solved = torch.linalg.solve_triangular(metric, carried, upper=True, left=False) if dim > 1 else carried / metric
         target = (block.weights[..., start:stop] + solved) / block.scale[..., None]
-        chosen = codebook.encode(target, metric, mass)
+        chosen = codebook.encode(target, metric, block.mass)
         block.codes[..., start // dim] = chosen
         block.error[..., start:stop] = block.weights[..., start:stop] - block.scale[..., None] * codebook.decode(chosen)
         if stop < width:
             rest = block.carried[..., stop:]
             rest.baddbmm_(block.error[..., start:stop], block.factor[:, start:stop, stop:])
         if refit is not None:
-            refit.add(chosen, target, metric, mass)
+            refit.add(chosen, target, metric, block.mass)

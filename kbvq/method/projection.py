@@ -69,6 +69,7 @@ def quantize_projection(
     seed: int,
     bias: Tensor | None = None,
     goal: Goal | None = None,
+    importance: Tensor | None = None,
     team: Team = ALONE,
     make: MakeZeros = torch.zeros,
 ) -> PackedProjection:
@@ -84,6 +85,8 @@ def quantize_projection(
     bias: of the original projection, [num_experts, out_features], stored together with that of the correction.
     goal: weights to be coded in their place. The correction then restores the mean that they aim at, and the deviation
         that they themselves give, instead of the teacher's.
+    importance: of the rows of a trellis code, [num_experts, out_features]: what a squared error of their outputs
+        counts; None for all alike.
     team: that shares the experts; all of it gets the result. Codes and corrections are those of one process, but where
         tables are refitted, whose sums it adds up in another order. Tables of single experts are not shared out.
     make: the factors of the moments of all experts.
@@ -114,7 +117,15 @@ def quantize_projection(
     if format.codebook == "trellis" and factors is not None:
         format = suited_levels(residual, format, scale=scale, mass=student.mass, factors=factors, team=team)
     tensors |= vector_quantize(
-        residual, format, recipe, scale=scale, column_scale=columns, factors=factors, seed=seed, team=team
+        residual,
+        format,
+        recipe,
+        scale=scale,
+        column_scale=columns,
+        factors=factors,
+        seed=seed,
+        importance=importance if format.codebook == "trellis" else None,
+        team=team,
     )
     del factors
     if format.has_scale:

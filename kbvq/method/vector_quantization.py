@@ -157,13 +157,14 @@ def vector_quantize(
     column_scale: Tensor,
     factors: Factors | None,
     seed: int,
+    importance: Tensor | None = None,
     team: Team = ALONE,
 ) -> dict[str, Tensor]:
     """Codes and tables, as stored, for the experts of a bank: ŵ = scale · decode(codes) · column_scale.
 
     weights: [num_experts, out_features, in_features] float32. scale: [num_experts, out_features] > 0. column_scale:
-    [in_features] > 0. factors: of the inputs, for error feedback, or None without; used up. team: codes its experts
-    together.
+    [in_features] > 0. factors: of the inputs, for error feedback, or None without; used up. importance: of the rows
+    (encode_with_feedback). team: codes its experts together.
     """
     if format.codebook == "trellis":
         codebook: Codebook = TrellisCodebook(format)
@@ -174,7 +175,7 @@ def vector_quantize(
         if format.num_codebooks > 1:
             at_once = len(weights)
         groups = [experts[first : first + at_once] for first in range(0, len(experts), at_once)] or [experts]
-        return _encode_in_order(weights, codebook, recipe, scale, column_scale, factors, groups, team)
+        return _encode_in_order(weights, codebook, recipe, scale, column_scale, factors, groups, importance, team)
     vectors = (weights / column_scale).div_(scale[..., None]).unflatten(-1, (-1, format.vector_dim)).flatten(1, 2)
     identity = torch.eye(format.vector_dim, device=weights.device).expand(len(weights), -1, -1)
     codes = codebook.encode(vectors, identity, torch.ones_like(vectors[..., 0]))
@@ -266,6 +267,7 @@ def _encode_in_order(
     column_scale: Tensor,
     factors: Factors,
     groups: list[range],
+    importance: Tensor | None,
     team: Team,
 ) -> dict[str, Tensor]:
     """Codes with error feedback under each expert's moments, after refitting the tables to the weighted error. groups:
@@ -279,7 +281,8 @@ def _encode_in_order(
         rows = slice(None, None, 1 if refit is None else step)
         ordered = (weights[own, rows] / column_scale)[..., order]
         of_group = factor[own.start - first : own.stop - first]
-        return encode_with_feedback(ordered, of_group, codebook, scale[own, rows], refit)
+        counting = None if importance is None else importance[own, rows]
+        return encode_with_feedback(ordered, of_group, codebook, scale[own, rows], refit, importance=counting)
 
     step = _refit_step(weights, codebook, recipe)
     for _ in range(recipe.refits):

@@ -93,14 +93,17 @@ class ObservedBank(nn.Module):
         """Reorder the intermediate channels of each expert, which changes nothing that the bank computes: the rows of
         gate and up and the columns of down move together.
 
-        Every expert has strong and weak channels of its own. Single channels (vector_dim 1) are put in descending order
-        of energy, in which errors are fed back best. The vectors of a vector code get one channel from each of
-        `vector_dim` equal parts of that order: with the metric of the inputs, the search for the nearest codeword then
-        spends the bits of a vector on its strong channels.
+        Every expert has strong and weak channels of its own. Sorted by energy, experts can share one coding order. The
+        vectors of a vector code get one channel from each of `vector_dim` equal parts of that order: with the metric of
+        the inputs, the search for the nearest codeword then spends the bits of a vector on its strong channels. Single
+        channels (vector_dim 1) are spread such that strong ones have weak ones beside them (`spread_order`): a trellis
+        spends the bits of a few neighbouring rows of gate and up on those of them that matter.
 
         moments: of the inputs of down_proj. Returns the order, [num_experts, intermediate_size] int64.
         """
         order = moments.upper_sum.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        if vector_dim == 1:
+            order = order[:, spread_order(order.shape[1]).to(order.device)]
         order = order.unflatten(1, (vector_dim, -1)).mT.flatten(1)
         gate_up, down = self.weights["gate_up_proj"], self.weights["down_proj"]
         gated = gate_up.shape[1] == 2 * order.shape[1]
@@ -173,6 +176,15 @@ class ObservedBank(nn.Module):
         for name, inputs in zip(PROJECTIONS, (gate_up_inputs, down_inputs), strict=True):
             if name in self.moments:
                 self.moments[name].add_(expert, inputs, routing_weights, by_routing=self.by_routing)
+
+
+def spread_order(length: int) -> Tensor:
+    """A permutation of `length` ranks [length] int64 in which neighbours are far apart and every few of them stand for
+    all: multiples of the golden section of the length, modulo the length."""
+    step = round(length * (math.sqrt(5) - 1) / 2)
+    while math.gcd(step, length) > 1:
+        step += 1
+    return torch.arange(length) * step % length
 
 
 class ActivationStore(Protocol):

@@ -28,6 +28,7 @@ from kbvq.quantization.attention_matching import match_attention_
 from kbvq.quantization.block_tuning import tune_banks
 from kbvq.quantization.dense import pack_linears_
 from kbvq.quantization.matching import match_inputs, match_outputs, token_weights
+from kbvq.quantization.row_importance import row_importance, uses_importance
 from kbvq.recipes import Recipe
 from kbvq.structures import (
     PROJECTIONS,
@@ -116,6 +117,10 @@ def quantize_layer(
                 teacher_moments[bank]["down_proj"].reorder_(order)
             else:  # goals stand for them
                 del teacher_moments[bank]["down_proj"]
+    importance: dict[ExpertBank, Tensor] = {}
+    if uses_importance(recipe):
+        counting = token_weights(teacher) if weights is None else weights
+        importance = row_importance(run, inputs, counting, observed, power=recipe.row_importance, by_routing=by_routing)
     packed: dict[ExpertBank, dict[str, PackedProjection]] = {bank: {} for bank in banks}
     original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
     coded: dict[ExpertBank, dict[str, _Coded]] = {bank: {} for bank in banks}
@@ -138,6 +143,7 @@ def quantize_layer(
                 seed=_seed(seed, bank, place, order),
                 bias=module.original_biases.get(projection),
                 goal=goal,
+                importance=importance.get(bank) if order == 0 else None,
                 team=run.ranks,
                 make=run.statistics.make,
             )

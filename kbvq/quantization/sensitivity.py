@@ -25,6 +25,8 @@ from kbvq.method.shared_basis import shared_low_rank
 from kbvq.method.vector_quantization import expert_factor, row_scales
 from kbvq.models.calibration import LayerRunner, observe_banks, run_and_watch
 from kbvq.models.moe_adapters import ExpertBank
+from kbvq.quantization.matching import token_weights
+from kbvq.quantization.row_importance import row_importance, uses_importance
 from kbvq.recipes import CODES, Recipe
 from kbvq.structures import PROJECTIONS, InputMoments, MakeZeros
 
@@ -41,6 +43,9 @@ EXPONENTS = (0.25, 1.25)
 """Bounds on how KL grows with the energy of the noise: as its root where the model saturates, in proportion where it
 does not; the rest of the range is for the sampling error of two probes."""
 
+
+_LARGEST_VARIANCE = 10.0
+"""Of the error of a row that hardly counts, in that of rows alike: about its whole energy at 2 bits."""
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -144,6 +149,10 @@ def probe_layer(
         order = module.sort_channels_(moments[bank]["down_proj"], vector_dim=1)
         moments[bank]["down_proj"].reorder_(order)
     peaks = {bank: module.peaks.cpu() for bank, module in observed.items()}
+    importance: dict[ExpertBank, Tensor] = {}
+    if uses_importance(recipe):
+        power, by_routing = recipe.row_importance, recipe.routing_weighted
+        importance = row_importance(run, inputs, token_weights(outputs), observed, power=power, by_routing=by_routing)
     generator = torch.Generator().manual_seed(seed)
     for probe, states in disturbed.items():
         disturbed[probe] = run.batch(states).cpu()
@@ -152,7 +161,10 @@ def probe_layer(
         for projection in PROJECTIONS:
             weights = module.weights[projection]
             site = bank, projection
-            law = noise_law(weights, moments[bank][projection], recipe, rates, make=run.statistics.make)
+            of_rows = importance.get(bank) if projection == PROJECTIONS[0] else None
+            law = noise_law(
+                weights, moments[bank][projection], recipe, rates, importance=of_rows, make=run.statistics.make
+            )
             energies[site] = law.energies
             white = law.white(generator)
             for rate in rates:
@@ -222,9 +234,16 @@ class NoiseLaw:
 
 
 def noise_law(
-    weights: Tensor, moments: InputMoments, recipe: Recipe, probed: tuple[int, ...], *, make: MakeZeros = torch.zeros
+    weights: Tensor,
+    moments: InputMoments,
+    recipe: Recipe,
+    probed: tuple[int, ...],
+    *,
+    importance: Tensor | None = None,
+    make: MakeZeros = torch.zeros,
 ) -> NoiseLaw:
-    """Of a projection, for the probed code rates. make: the factors of all experts."""
+    """Of a projection, for the probed code rates. importance: as of quantize_projection. make: the factors of all
+    experts."""
     order = channel_order(moments.pooled_second_moment(), 1)
     rates = {rate: code.distortion for rate, code in CODES[recipe.codebook].items()}
     residuals = _Residuals(weights, moments, recipe)
@@ -262,6 +281,8 @@ def noise_law(
                 # The constant input in the coordinates of M: what it sums up of the error is the same for all tokens.
                 direction = torch.linalg.solve_triangular(factor, mean[order][:, None], upper=True)[:, 0]
                 constant += mass[0] * (variances[:, 0] * direction.square()).sum()
+    if importance is not None:
+        spread *= _row_deviations(spread, importance)
     noise = {rate: energy[list(rates).index(rate), 0].item() for rate in probed}
     lowest = max(noise[probed[0]], 1e-30)
     if recipe.codebook == "trellis":
@@ -279,6 +300,14 @@ def noise_law(
             constant.item() / lowest,
         ),
     )
+
+
+def _row_deviations(spread: Tensor, importance: Tensor) -> Tensor:
+    """By what the errors of rows that differ in importance deviate from those of rows alike, [E, rows]: weighted, all
+    have the same, but none more than its whole row. spread: of the rows, [E, rows]."""
+    mass = (spread.square() * importance).clamp_min(1e-30)
+    variances = mass.log().mean(1, keepdim=True).exp() / mass
+    return variances.clamp_max(_LARGEST_VARIANCE).sqrt()
 
 
 class _Residuals:
