@@ -301,8 +301,8 @@ _FAST: dict[str, object] = {
 _RECIPES: dict[str, dict[str, object]] = {
     "paper": {},
     "fast": _FAST,
-    "default": _FAST | {"codebook": "trellis", "row_importance": 1.0},
-    "best": _FAST | {"codebook": "trellis", "row_importance": 1.0, "distillation_steps": 60},
+    "default": _FAST | {"codebook": "trellis", "row_importance": 0.7},
+    "best": _FAST | {"codebook": "trellis", "row_importance": 0.7, "distillation_steps": 60},
 }
 
 RECIPE_NAMES = tuple(_RECIPES)
@@ -313,8 +313,8 @@ def make_recipe(name: str, bits: float, **changes: object) -> Recipe:
 
     "paper": KBVQ-MoE as published. "fast": a bit budget, one codebook with sign bits per bank and projection, row
     scales, second-order error feedback, output correction, and where it pays a shared basis. "default": that with a
-    trellis code instead of the codebook. "best": that, and end-to-end tuning on the original model's predictions.
-    Raises ConfigError on an unknown name or an unsupported value.
+    trellis code instead of the codebook, whose bits go where an error costs most. "best": that, and end-to-end tuning
+    on the original model's predictions. Raises ConfigError on an unknown name or an unsupported value.
     """
     if name not in _RECIPES:
         raise ConfigError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPE_NAMES)}")

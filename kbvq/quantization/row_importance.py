@@ -6,10 +6,10 @@ and the expected square is
 
     E[δ_r²] · E[(∂h_i/∂z_r)²] · ‖W_down,i‖²,
 
-of which the last two factors are the importance of row r. In the later layers of real models rows differ by a factor of
-ten and more. A trellis codes the rows of a column as one sequence, and finds by itself which of them are worth the
-bits: the sum of weighted errors comes within a few per cent of what a rate of its own for each row would give, without
-any of it being stored.
+of which the last two factors are the importance of row r (a power below one of it pays more: errors are neither small
+nor independent). In the later layers of real models rows differ by a factor of ten and more. A trellis codes the rows
+of a column as one sequence, and finds by itself which of them are worth the bits: the sum of weighted errors comes
+within a few per cent of what a rate of its own for each row would give, without any of it being stored.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def row_importance(
     idle = idle_suffices(run, hidden_states, observed)
     with recording(observed.values(), idle=idle):
         run.batch(run.sample(hidden_states))
-        windows = max(_windows(module, hidden_states) for module in observed.values())
+        windows = max(_windows(module) for module in observed.values())
+        windows = -(-windows // run.batch_size) * run.batch_size  # whole batches
         sums = {bank: torch.zeros(module.weights[PROJECTIONS[0]].shape[:2]) for bank, module in observed.items()}
         sums = {bank: of_bank.to(run.device) for bank, of_bank in sums.items()}
         mass, counts = (
@@ -96,12 +97,11 @@ def squared_slopes(gating: Gating, gate_up: Tensor) -> Tensor:
     return slopes.square_()
 
 
-def _windows(module: ObservedBank, hidden_states: Tensor) -> int:
-    """How many windows have so many tokens for each expert."""
+def _windows(module: ObservedBank) -> int:
+    """How many windows have so many tokens for each expert, by the one that ran."""
     assert module.recorded is not None
     routed = (module.recorded.top_k_index < module.num_experts).sum().item()  # in one window
-    wanted = _TOKENS * module.num_experts
-    return min(len(hidden_states), -(-wanted // max(1, int(routed))))
+    return -(-_TOKENS * module.num_experts // max(1, int(routed)))
 
 
 def _importance(sums: Tensor, mass: Tensor, counts: Tensor, module: ObservedBank, power: float) -> Tensor:
