@@ -89,6 +89,7 @@ def test_few_windows_are_run_where_they_have_enough_tokens(monkeypatch):
     _, layer, bank, run, teacher, observed, weights = measured()
     original = run.watch
     monkeypatch.setattr(run, "watch", lambda states, after: (seen.append(len(states)), original(states, after)))
+    run.layer_kwargs = {1: {}, 2: {}}.__getitem__  # a run has arguments for whole batches, and for one window
     row_importance(run, teacher, weights, observed, power=1.0, by_routing=True)
     assert seen == [2]  # a window has 12 tokens with two experts each, a batch two windows
     assert teacher.shape == (5, 12, HIDDEN)
