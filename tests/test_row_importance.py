@@ -98,3 +98,13 @@ def test_few_windows_are_run_where_they_have_enough_tokens(monkeypatch):
 def test_codes_of_single_rows_have_no_use_for_it():
     assert uses_importance(make_recipe("default", 2)) and uses_importance(make_recipe("best", 2))
     assert not uses_importance(make_recipe("fast", 2)) and not uses_importance(make_recipe("paper", 2))
+
+
+def test_tokens_of_a_bank_that_gets_others_than_the_layer_count_alike():
+    """As in Llama 4, whose experts are called with the routed tokens one expert after the other."""
+    _, _, bank, run, teacher, observed, weights = measured()
+    plain = row_importance(run, teacher, torch.ones_like(weights), observed, power=1.0, by_routing=True)[bank]
+    assert not torch.allclose(measured()[0], plain)
+    twice = torch.cat([weights, weights], 1)  # as many weights as the layer has tokens, which are not the bank's
+    found = row_importance(run, teacher, twice, observed, power=1.0, by_routing=True)[bank]
+    torch.testing.assert_close(found, plain)

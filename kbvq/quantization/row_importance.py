@@ -73,8 +73,10 @@ def row_importance(
             for bank, module in observed.items():
                 record, gate_up, bias = module.recorded, module.weights[PROJECTIONS[0]], module.biases[PROJECTIONS[0]]
                 assert record is not None
+                # Some banks are called with other tokens than the layer: those count alike.
+                of_call = of_token if len(of_token) == len(record.inputs) else of_token.new_ones(len(record.inputs))
                 for expert, tokens, routing in by_expert(record.top_k_index, record.top_k_weights, module.num_experts):
-                    counting = of_token[tokens] * (routing.square() if by_routing else 1)
+                    counting = of_call[tokens] * (routing.square() if by_routing else 1)
                     own_bias = None if bias is None else bias[expert]
                     step = max(1, _AT_ONCE // gate_up.shape[1])
                     for places, of_places in zip(tokens.split(step), counting.split(step), strict=True):
