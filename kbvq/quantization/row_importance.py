@@ -56,6 +56,8 @@ def row_importance(
     (matching.token_weights). observed: with the original weights. power: of the importance that is returned.
     by_routing: tokens count by their squared routing weights, too.
     """
+    if not observed:
+        return {}
     idle = idle_suffices(run, hidden_states, observed)
     with recording(observed.values(), idle=idle):
         run.batch(run.sample(hidden_states))
