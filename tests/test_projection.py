@@ -284,3 +284,17 @@ def test_a_trellis_spends_its_bits_on_the_rows_that_count(bits):
     # Weighted, all rows have about the same error: those of the first quarter in importance as those of the last.
     by_rank = (importance[0] * weighted)[importance[0].argsort()].unflatten(0, (4, -1)).mean(1)
     assert by_rank.amax() < 1.6 * by_rank.amin()
+
+
+@pytest.mark.parametrize("bcos", [True, False])
+def test_rows_that_count_for_nothing_keep_a_finite_scale_under_one_and_the_same_input(bcos):
+    """With a second moment of rank one, the outputs of a row that the search gave up can be next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    weights, moments = torch.randn(1, 256, 32, generator=generator), InputMoments.zeros(1, 32)
+    moments.add_(0, torch.ones(64, 32), torch.ones(64))
+    importance = torch.ones(1, 256)
+    importance[0, ::2] = 1e-6
+    recipe = make_recipe("default", 2, budget=False, idre=False, bcos=bcos)
+    format = recipe.projection_format(1, 256, 32)
+    packed = quantize_projection(weights, moments, moments, format, recipe, seed=0, importance=importance)
+    assert packed.tensors["scale"].amax() < 6 * weights.square().mean(-1).sqrt().amax()

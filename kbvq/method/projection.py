@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kbvq.codes.packing import decode_factors, dequantize_expert, expand
 from kbvq.errors import NumericalError
-from kbvq.method.bias_correction import bias_correction, output_moments
+from kbvq.method.bias_correction import SLOPE_LIMITS, bias_correction, output_moments
 from kbvq.method.rate_distortion import (
     bits_above_limit,
     row_moment,
@@ -232,12 +232,13 @@ def _correct_outputs(
 def _least_squares_scale(
     weights: Tensor, format: ProjectionFormat, tensors: dict[str, Tensor], student: InputMoments, prior_tokens: float
 ) -> Tensor:
-    """Row scales times the slope that minimises each row's weighted error; float16."""
+    """Row scales times the slope that minimises each row's weighted error, within SLOPE_LIMITS like the correction's:
+    the outputs of a row that hardly counts may be next to nothing. float16."""
     scales = []
     form = expand(format, tensors)
     for expert, weight in enumerate(weights):
         quantized = dequantize_expert(*form, expert)
-        slope = row_slopes(weight, quantized, student.expert_moments(expert, prior_tokens)[0])
+        slope = row_slopes(weight, quantized, student.expert_moments(expert, prior_tokens)[0]).clamp(*SLOPE_LIMITS)
         scales.append(tensors["scale"][expert].float() * slope)
     return torch.stack(scales).half()
 
