@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from drawn_windows import drawn_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kbvq  # noqa: F401  (lets transformers load packed checkpoints)
-from kbvq.models.calibration_text import calibration_windows, load_texts
 from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import score_windows
 from kbvq_eval.windows import text_windows
@@ -36,13 +36,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.original)
-    fitted = calibration_windows(
-        load_texts(str(options.calibration)),
-        tokenizer,
-        samples=options.samples,
-        sequence_length=options.length,
-        seed=options.seed,
-        vocab_size=len(tokenizer),
+    fitted = drawn_windows(
+        tokenizer, options.samples, length=options.length, seed=options.seed, text=options.calibration
     )
     unseen = text_windows(options.unseen.read_text(encoding="utf-8"), tokenizer, options.length).tokens
     original, quantized = (

@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from drawn_windows import drawn_windows
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from kbvq.codes.trellis import TrellisCode
 from kbvq.method.vector_quantization import row_scales
 from kbvq.models.calibration import LayerRunner, observe_banks, run_and_watch
-from kbvq.models.calibration_text import calibration_windows, load_texts
 from kbvq.models.layer_stream import LayerStream
 from kbvq.quantization.matching import token_weights
 from kbvq.quantization.row_importance import row_importance
 from kbvq.structures import PROJECTIONS
 
-DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
 BITS = (2, 3)
 STEP = 16
 LENGTH = 256
@@ -78,14 +77,7 @@ def measure(name: str, weight: Tensor, importance: Tensor, energy: Tensor) -> Ro
 def measure_model(folder: Path, windows: int) -> list[Row]:
     stream = LayerStream(folder, dtype=torch.float32, device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = calibration_windows(
-        load_texts(str(DATA / "calibration.txt")),
-        tokenizer,
-        samples=windows,
-        sequence_length=LENGTH,
-        seed=0,
-        vocab_size=len(tokenizer),
-    )
+    tokens = drawn_windows(tokenizer, windows, length=LENGTH)
     (_, of_one), (states, of_all) = (stream.layer_inputs(part) for part in (tokens[:1], tokens))
     arguments = {1: of_one, windows: of_all}
     found = []

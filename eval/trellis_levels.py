@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from drawn_windows import drawn_windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,12 +24,10 @@ from kbvq.codes.trellis import TrellisCode
 from kbvq.method.error_feedback import channel_order
 from kbvq.method.vector_quantization import expert_factor, row_scales
 from kbvq.models.calibration import ObservedBank
-from kbvq.models.calibration_text import calibration_windows, load_texts
 from kbvq.models.moe_adapters import find_expert_banks, read_experts
 from kbvq.recipes import make_recipe
 from kbvq.structures import PROJECTIONS, InputMoments
 
-DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
 BITS = (2, 3, 4)
 HEAVIEST, STEP = 32, 8
 LENGTH = 256
@@ -83,14 +82,7 @@ def measure_model(folder: Path, windows: int) -> list[Row]:
         observed[bank.path] = module = ObservedBank(experts.weights, experts.gating, experts.biases)
         module.watch_(*PROJECTIONS, by_routing=True)
         model.set_submodule(bank.path, module)
-    tokens = calibration_windows(
-        load_texts(str(DATA / "calibration.txt")),
-        tokenizer,
-        samples=windows,
-        sequence_length=LENGTH,
-        seed=0,
-        vocab_size=len(tokenizer),
-    )
+    tokens = drawn_windows(tokenizer, windows, length=LENGTH)
     with torch.no_grad():
         for window in tokens:
             model(window[None])
