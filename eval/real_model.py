@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from drawn_windows import drawn_windows
 from safetensors.torch import load_model, save_model
 from testbed.carve import Carving, carve_block_, carved_model
 from testbed.dense import load_dense, save_whole
@@ -27,7 +28,6 @@ from testbed.routed import fill_layers_
 from testbed.upcycle import Upcycling, upcycle_block_, upcycled_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kbvq.models.calibration_text import calibration_windows, load_texts
 from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import score_windows
 from kbvq_eval.windows import text_windows
@@ -43,14 +43,8 @@ def make(kind: str, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if kind in ("one", "dealt"):
         save_whole(deal_neurons(dense, 1 if kind == "one" else 8), tokenizer, output, {})
         return
-    windows = calibration_windows(
-        load_texts(str(options.calibration)),
-        tokenizer,
-        samples=options.windows + options.distillation_windows,
-        sequence_length=WINDOW,
-        seed=options.seed,
-        vocab_size=len(tokenizer),
-    )
+    samples = options.windows + options.distillation_windows
+    windows = drawn_windows(tokenizer, samples, length=WINDOW, seed=options.seed, text=options.calibration)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
     layer_windows, distillation_windows = windows[order].split([options.windows, options.distillation_windows])
     if kind == "carved":

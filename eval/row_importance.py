@@ -27,6 +27,7 @@ from kbvq.models.calibration import LayerRunner, observe_banks, run_and_watch
 from kbvq.models.layer_stream import LayerStream
 from kbvq.quantization.matching import token_weights
 from kbvq.quantization.row_importance import row_importance
+from kbvq.recipes import make_recipe
 from kbvq.structures import PROJECTIONS
 
 BITS = (2, 3)
@@ -80,6 +81,7 @@ def measure_model(folder: Path, windows: int) -> list[Row]:
     tokens = drawn_windows(tokenizer, windows, length=LENGTH)
     (_, of_one), (states, of_all) = (stream.layer_inputs(part) for part in (tokens[:1], tokens))
     arguments = {1: of_one, windows: of_all}
+    recipe = make_recipe("default", 2, row_importance=1.0)
     found = []
     for index in range(stream.num_layers):
         banks = [bank for bank in stream.banks if bank.decoder_layer == index]
@@ -92,7 +94,7 @@ def measure_model(folder: Path, windows: int) -> list[Row]:
             for bank, module in observed.items():
                 order = module.sort_channels_(moments[bank]["down_proj"], 1)
                 moments[bank]["down_proj"].reorder_(order)
-            importance = row_importance(run, states, token_weights(outputs), observed, power=1.0, by_routing=True)
+            importance = row_importance(run, states, token_weights(outputs), observed, recipe)
             for bank, module in observed.items():
                 of_down = moments[bank]["down_proj"]
                 expert = int(of_down.tokens.argmax())

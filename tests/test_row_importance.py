@@ -1,5 +1,7 @@
 """What an error in an output of gate and up costs, against the layer's own response to it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_matching import EXPERTS, HIDDEN, WIDTH, setting
@@ -10,12 +12,13 @@ from kbvq.quantization.matching import token_weights
 from kbvq.quantization.row_importance import row_importance, squared_slopes, uses_importance
 from kbvq.recipes import make_recipe
 
+FULL = make_recipe("default", 2, row_importance=1.0)
+
 
 def measured(**changes):
     layer, bank, run, teacher, _, observed, outputs, _, original = setting()
     observed[bank].set_("gate_up_proj", original[bank]["gate_up_proj"], None)
-    options = {"power": 1.0, "by_routing": True} | changes
-    importance = row_importance(run, teacher, token_weights(outputs), observed, **options)[bank]
+    importance = row_importance(run, teacher, token_weights(outputs), observed, replace(FULL, **changes))[bank]
     return importance, layer, bank, run, teacher, observed, token_weights(outputs)
 
 
@@ -78,7 +81,7 @@ def _without_last(layer, tokens):
 
 
 def test_power_tempers_it():
-    full, root = measured()[0], measured(power=0.5)[0]
+    full, root = measured()[0], measured(row_importance=0.5)[0]
     ratio = root / full.sqrt()
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
 
@@ -90,7 +93,7 @@ def test_few_windows_are_run_where_they_have_enough_tokens(monkeypatch):
     original = run.watch
     monkeypatch.setattr(run, "watch", lambda states, after: (seen.append(len(states)), original(states, after)))
     run.layer_kwargs = {1: {}, 2: {}}.__getitem__  # a run has arguments for whole batches, and for one window
-    row_importance(run, teacher, weights, observed, power=1.0, by_routing=True)
+    row_importance(run, teacher, weights, observed, FULL)
     assert seen == [2]  # a window has 12 tokens with two experts each, a batch two windows
     assert teacher.shape == (5, 12, HIDDEN)
 
@@ -103,8 +106,8 @@ def test_codes_of_single_rows_have_no_use_for_it():
 def test_tokens_of_a_bank_that_gets_others_than_the_layer_count_alike():
     """As in Llama 4, whose experts are called with the routed tokens one expert after the other."""
     _, _, bank, run, teacher, observed, weights = measured()
-    plain = row_importance(run, teacher, torch.ones_like(weights), observed, power=1.0, by_routing=True)[bank]
+    plain = row_importance(run, teacher, torch.ones_like(weights), observed, FULL)[bank]
     assert not torch.allclose(measured()[0], plain)
     twice = torch.cat([weights, weights], 1)  # as many weights as the layer has tokens, which are not the bank's
-    found = row_importance(run, teacher, twice, observed, power=1.0, by_routing=True)[bank]
+    found = row_importance(run, teacher, twice, observed, FULL)[bank]
     torch.testing.assert_close(found, plain)

@@ -120,7 +120,7 @@ def quantize_layer(
     importance: dict[ExpertBank, Tensor] = {}
     if uses_importance(recipe):
         counting = token_weights(teacher) if weights is None else weights
-        importance = row_importance(run, inputs, counting, observed, power=recipe.row_importance, by_routing=by_routing)
+        importance = row_importance(run, inputs, counting, observed, recipe)
     packed: dict[ExpertBank, dict[str, PackedProjection]] = {bank: {} for bank in banks}
     original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
     coded: dict[ExpertBank, dict[str, _Coded]] = {bank: {} for bank in banks}

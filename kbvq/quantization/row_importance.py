@@ -46,15 +46,13 @@ def row_importance(
     hidden_states: Tensor,
     weights: Tensor,
     observed: Mapping[ExpertBank, ObservedBank],
-    *,
-    power: float,
-    by_routing: bool,
+    recipe: Recipe,
 ) -> dict[ExpertBank, Tensor]:
     """Importance of the rows of gate and up by bank, [num_experts, rows] float32, 1 in the mean of an expert's rows.
 
     hidden_states: the layer's inputs, [windows, tokens, hidden_size]; the first windows are run. weights: of the tokens
-    (matching.token_weights). observed: with the original weights. power: of the importance that is returned.
-    by_routing: tokens count by their squared routing weights, too.
+    (matching.token_weights). observed: with the original weights. recipe: says whether tokens count by their squared
+    routing weights, too, and to what power the importance is returned.
     """
     if not observed:
         return {}
@@ -63,11 +61,10 @@ def row_importance(
         run.batch(run.sample(hidden_states))
         windows = max(_windows(module) for module in observed.values())
         windows = -(-windows // run.batch_size) * run.batch_size  # whole batches
-        sums = {bank: torch.zeros(module.weights[PROJECTIONS[0]].shape[:2]) for bank, module in observed.items()}
-        sums = {bank: of_bank.to(run.device) for bank, of_bank in sums.items()}
+        shapes = {bank: module.weights[PROJECTIONS[0]].shape[:2] for bank, module in observed.items()}
+        sums = {bank: torch.zeros(shape, device=run.device) for bank, shape in shapes.items()}
         mass, counts = (
-            {bank: torch.zeros(module.num_experts, device=run.device) for bank, module in observed.items()}
-            for _ in range(2)
+            {bank: torch.zeros(shape[0], device=run.device) for bank, shape in shapes.items()} for _ in range(2)
         )
 
         def add(part: slice, outputs: Tensor) -> None:
@@ -78,7 +75,7 @@ def row_importance(
                 # Some banks are called with other tokens than the layer: those count alike.
                 of_call = of_token if len(of_token) == len(record.inputs) else of_token.new_ones(len(record.inputs))
                 for expert, tokens, routing in by_expert(record.top_k_index, record.top_k_weights, module.num_experts):
-                    counting = of_call[tokens] * (routing.square() if by_routing else 1)
+                    counting = of_call[tokens] * (routing.square() if recipe.routing_weighted else 1)
                     own_bias = None if bias is None else bias[expert]
                     step = max(1, _AT_ONCE // gate_up.shape[1])
                     for places, of_places in zip(tokens.split(step), counting.split(step), strict=True):
@@ -90,6 +87,7 @@ def row_importance(
         run.watch(hidden_states[:windows], add)
     for bank in observed:
         run.ranks.sum_(sums[bank], mass[bank], counts[bank])
+    power = recipe.row_importance
     return {bank: _importance(sums[bank], mass[bank], counts[bank], module, power) for bank, module in observed.items()}
 
 

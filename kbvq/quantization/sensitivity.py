@@ -151,8 +151,7 @@ def probe_layer(
     peaks = {bank: module.peaks.cpu() for bank, module in observed.items()}
     importance: dict[ExpertBank, Tensor] = {}
     if uses_importance(recipe):
-        power, by_routing = recipe.row_importance, recipe.routing_weighted
-        importance = row_importance(run, inputs, token_weights(outputs), observed, power=power, by_routing=by_routing)
+        importance = row_importance(run, inputs, token_weights(outputs), observed, recipe)
     generator = torch.Generator().manual_seed(seed)
     for probe, states in disturbed.items():
         disturbed[probe] = run.batch(states).cpu()
