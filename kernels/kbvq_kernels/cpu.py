@@ -1,14 +1,16 @@
 """The ops on the CPU: compiled decoding where there is a C++ compiler, torch's embedding lookup otherwise.
 
-Both give the same numbers up to float32 rounding, with one exception: of 16-bit hidden states, few tokens that meet
-int8 codewords or a trellis code are multiplied in integers, for which they are rounded to 8 bits (cpu_integer.cpp).
-Which one runs is logged once, by name.
+Both give the same numbers up to float32 rounding, with one exception: 16-bit hidden states that meet a trellis code, and
+few of them that meet int8 codewords, are multiplied in integers, for which they are rounded to 8 bits
+(cpu_integer_trellis.cpp, cpu_integer.cpp). Which one runs is logged once, by name.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,11 @@ from kbvq_kernels.reference import (
 )
 
 DECODE_TOKENS = 16
-"""Up to this many tokens of one expert are multiplied while decoding; above, its rows are decoded once for F.linear."""
+"""Up to this many tokens of one expert are multiplied while decoding; above, its rows are decoded once for F.linear, but
+for trellis codes in integers (`most_tokens`)."""
+
+PAIRS_AT_ONCE = 1024
+"""Tokens of experts that are multiplied by one call, unless a single expert has more: bounds what lies between."""
 
 MAX_INTEGER_TAIL = {1: 50, 2: 50, 3: 36, 4: 22}
 """Bits -> tail of a trellis code's levels from which on rounding them to 8 bits would cost more than a tenth of the
@@ -200,16 +206,46 @@ def _float_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProject
         _check(library().kbvq_products(*pointers, *_longs(*sizes)))
 
 
+def _has_integers(p: PreparedProjection) -> bool:
+    """Whether what the codes stand for is served in 8 bits."""
+    if p.trellis_bits:
+        return p.tail <= MAX_INTEGER_TAIL[p.trellis_bits]
+    return p.words is not None
+
+
+def most_tokens(dtype: torch.dtype, *projections: PreparedProjection) -> float:
+    """Up to how many tokens of one expert are multiplied while decoding.
+
+    Integer products of a trellis code are as fast as any that the processor has, for any number of tokens, unless it
+    has matrix tiles (AMX).
+    """
+    if library() is None:
+        return 0
+    trellis = all(p.trellis_bits and _has_integers(p) for p in projections)
+    if trellis and dtype in (torch.bfloat16, torch.float16) and not torch.cpu._is_amx_tile_supported():
+        return math.inf
+    return DECODE_TOKENS
+
+
+def _calls(pairs_of: dict[int, list[int]], experts: list[int]) -> Iterator[list[int]]:
+    """The experts in turn, as many as have PAIRS_AT_ONCE pairs together, but at least one."""
+    together: list[int] = []
+    for e in experts:
+        if together and sum(len(pairs_of[other]) for other in (*together, e)) > PAIRS_AT_ONCE:
+            yield together
+            together = []
+        together.append(e)
+    if together:
+        yield together
+
+
 def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjection, integers: bool) -> Tensor:
     """W_e x + b_e of every pair, float32 [P, N]; x float32 [., K], rows [P] of x, experts valid ascending int64 [P].
 
     integers: round x to 8 bits where the codes have integers to multiply it with.
     """
     out = torch.empty(experts.numel(), p.out_features)
-    if p.trellis_bits:
-        by_integers = integers and p.tail <= MAX_INTEGER_TAIL[p.trellis_bits]
-    else:
-        by_integers = integers and p.words is not None
+    by_integers = integers and _has_integers(p)
     (_integer_products if by_integers else _float_products)(x, rows, experts, p, out)
     if p.rank:
         low = (x @ p.basis.float().T)[rows]
@@ -265,9 +301,9 @@ def moe_forward(
     down: PreparedProjection,
     activation: str,
 ) -> Tensor:
-    """The mixture [T, H] in x's dtype; few tokens per expert multiply while decoding, many go through F.linear.
+    """The mixture [T, H] in x's dtype; tokens multiply while decoding, or many of an expert go through F.linear.
 
-    Each token's experts are added in ascending order, whatever other tokens there are.
+    Each token's experts are added in ascending order, those that go through F.linear last.
     """
     if experts is None:
         experts = torch.zeros(x.shape[0], 1, dtype=torch.int64)
@@ -279,15 +315,16 @@ def moe_forward(
     for pair, e in enumerate(experts.flatten().tolist()):
         if 0 <= e < gate_up.num_experts:
             pairs_of.setdefault(e, []).append(pair)
-    most = 0 if library() is None else DECODE_TOKENS
+    most, integers = most_tokens(x.dtype, gate_up, down), x.dtype in (torch.bfloat16, torch.float16)
     few = [e for e in sorted(pairs_of) if len(pairs_of[e]) <= most]
     y = torch.zeros(x.shape[0], down.out_features)
 
-    if few:
-        pairs = torch.tensor([pair for e in few for pair in pairs_of[e]])
-        hit = torch.tensor([e for e in few for _ in pairs_of[e]])
-        tokens, integers = pairs // top_k, x.dtype in (torch.bfloat16, torch.float16)
-        gate, up = _decode_products(x.float().contiguous(), tokens, hit, gate_up, integers).chunk(2, -1)
+    x_float = x.float().contiguous() if few else x
+    for together in _calls(pairs_of, few):
+        pairs = torch.tensor([pair for e in together for pair in pairs_of[e]])
+        hit = torch.tensor([e for e in together for _ in pairs_of[e]])
+        tokens = pairs // top_k
+        gate, up = _decode_products(x_float, tokens, hit, gate_up, integers).chunk(2, -1)
         h = (act(gate) * up).contiguous()
         rows = _decode_products(h, torch.arange(len(pairs)), hit, down, integers)
         y.index_add_(0, tokens, rows.mul_(weights[pairs]))

@@ -176,7 +176,7 @@ extern "C" void kbvq_integer_products(const uint8_t* codes, const int8_t* table,
                                       long threads) {
     const Format f = {rows, vectors, plane, row_bytes, codewords, 1, 1, signs != 0};
     const Expert bank = {codes, table};
-    const Tokens rounded(x, tokens, vectors * dim);
+    const Tokens rounded(x, tokens, vectors * dim, threads);
     const auto input = [&](long t) { return rounded[t]; };
     const auto runs = runs_of<Token>(experts, pairs, rows_of_x, input, out, rows);
     const auto run = dim == 2   ? codewords > 256 ? all_products<2, true> : all_products<2, false>

@@ -1,8 +1,9 @@
-// Products of experts packed by a trellis code with a few vectors in integers (integers.h); the levels are rounded to 8
-// bits.
+// Products of experts packed by a trellis code with vectors in integers (integers.h); the levels are rounded to 8 bits.
 //
 // A level is found without memory. The window of 12 bits is multiplied in 16-bit lanes, and the high byte of the product
 // chooses: among 128 magnitudes in eight registers of 16, or with AVX-512 VBMI among 256 levels in four registers of 64.
+// A panel of rows and columns is decoded into the nearest cache and then multiplied with all tokens of the expert, some
+// of which keep their sums in registers.
 #include "integers.h"
 #include "trellis_windows.h"
 
@@ -17,8 +18,8 @@ struct Levels {
     uint32_t multiplier;
 };
 
-const long TRELLIS_BLOCK = 512;   // rows that are summed at once: of 2 bits two cache lines
-const long SUMS = TRELLIS_BLOCK / kLanes;
+const long TRELLIS_BLOCK = 512;   // rows of a panel: of 2 bits two cache lines
+const long QUADS = BLOCK / 4;     // fours of columns of a panel
 
 #ifdef __AVX512VBMI__
 // A tile is four runs of rows; the windows of a run lie in eight bytes.
@@ -41,9 +42,15 @@ inline Choice shifted_levels(const uint8_t* magnitudes) {
     return levels;
 }
 
-// SHIFT times the inputs' sum minus the products of four columns' tiles, added to sums.
-template <int BITS, int TOKENS>
-inline void add_products(const uint8_t* const* p, long tiles, const Levels& levels, const Bytes* inputs, Ints (*sums)[SUMS]) {
+// The weights of 16 rows and four columns, shifted.
+typedef __m512i Weights;
+typedef int32_t Sums __attribute__((vector_size(64)));
+const long ROWS_AT_ONCE = 16;
+const int TILE_TOKENS = 6;  // times four vectors of rows: what registers hold
+
+// Decodes four columns' tiles; out: [groups of rows][QUADS], from the quad of these columns on.
+template <int BITS>
+inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Weights* out) {
     typedef Tile<BITS> T;
     const Choice shifted = shifted_levels(levels.magnitudes);
     const Windows<BITS> windows(levels.multiplier);
@@ -57,25 +64,47 @@ inline void add_products(const uint8_t* const* p, long tiles, const Levels& leve
         };
         const __m512i left = columns(0), right = columns(2);
 #pragma GCC unroll 4
-        for (int four = 0; four < T::RUN / 4; four++) {
-            const __m512i index = _mm512_permutex2var_epi8(windows(left, 4 * four), in_rows, windows(right, 4 * four));
-            const __m512i weights = shifted[index];
-            for (int t = 0; t < TOKENS; t++) {
-                int32_t* sum = (int32_t*)sums[t] + (tile * T::RUN / 4 + four) * 16;
-                const __m512i input = _mm512_broadcast_i64x4((__m256i)inputs[t]);
-                _mm512_storeu_si512(sum, _mm512_dpbusd_epi32(_mm512_loadu_si512(sum), weights, input));
-            }
-        }
+        for (int four = 0; four < T::RUN / 4; four++, out += QUADS)
+            *out = shifted[_mm512_permutex2var_epi8(windows(left, 4 * four), in_rows, windows(right, 4 * four))];
     }
 }
 
-// The row of a tile whose sum is number i.
+inline Sums all_sums(int32_t x) { return (Sums)_mm512_set1_epi32(x); }
+inline __m512i four_inputs(const int8_t* values) { return _mm512_set1_epi32(load<int32_t>(values)); }
+// In assembler, because with the intrinsic GCC 12 keeps a copy of each sum and has no registers for them.
+inline void add(Sums& sums, Weights weights, __m512i inputs) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(inputs));
+}
+inline void add_scaled(float* out, Sums sums, float scale) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_set1_ps(scale));
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), scaled));
+}
+
+// The row of a tile whose sum is number i; IN_ORDER rows follow each other.
+const long IN_ORDER = 4;
+
 template <int BITS>
 inline long row_of(long i) {
     return i % 16 / 4 * Tile<BITS>::RUN + i / 16 * 4 + i % 4;
 }
 #else
-const int SHIFT = 0;
+// The weights of 8 rows and four columns, magnitudes and signs.
+struct Weights {
+    Bytes magnitudes, signs;
+};
+typedef Ints Sums;
+const long ROWS_AT_ONCE = 8;
+const int SHIFT = 0, TILE_TOKENS = 2;  // times four vectors of rows: what registers hold
+
+inline Sums all_sums(int32_t x) { return all(x); }
+inline Bytes four_inputs(const int8_t* values) { return (Bytes)all(load<int32_t>(values)); }
+inline void add(Sums& sums, const Weights& weights, Bytes inputs) {
+    sums = dot(sums, weights.magnitudes, with_signs(inputs, weights.signs));
+}
+inline void add_scaled(float* out, Sums sums, float scale) {
+    store(out, load<Floats>(out) + __builtin_convertvector(sums, Floats) * scale);
+}
+
 const long OVERHANG = 8;  // bytes that may be read after those of a tile
 
 // 16 times as many rows as there are windows before one begins with a byte again.
@@ -140,47 +169,52 @@ inline void tile_indices(const uint8_t* left, const uint8_t* right, uint32_t mul
     }
 }
 
-// Minus the products of four columns' tiles, added to sums.
-template <int BITS, int TOKENS>
-inline void add_products(const uint8_t* const* p, long tiles, const Levels& levels, const Bytes* inputs, Ints (*sums)[SUMS]) {
-    Bytes indices[SUMS];
+// Decodes four columns' tiles; out: [groups of rows][QUADS], from the quad of these columns on.
+template <int BITS>
+inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Weights* out) {
     const long phases = Tile<BITS>::PHASES;
-    for (long tile = 0; tile < tiles; tile++)
+    Bytes indices[2 * phases];
+    for (long tile = 0; tile < tiles; tile++) {
         for (long pair = 0; pair < 2; pair++)
             tile_indices<BITS>(p[2 * pair] + tile * Tile<BITS>::BYTES, p[2 * pair + 1] + tile * Tile<BITS>::BYTES,
-                               levels.multiplier, indices + tile * 2 * phases + pair);
+                               levels.multiplier, indices + pair);
 #pragma GCC unroll 1
-    for (long i = 0; i < tiles * 2 * phases; i += 2) {
-        const __m256i left = (__m256i)indices[i], right = (__m256i)indices[i + 1];
-        const __m256i halves[2] = {_mm256_unpacklo_epi16(left, right), _mm256_unpackhi_epi16(left, right)};
-        for (int half = 0; half < 2; half++) {
-            const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), halves[half]);
-            const Bytes weights = (Bytes)choose(levels.magnitudes, _mm256_xor_si256(halves[half], upper));
-            const Bytes signs = (Bytes)_mm256_or_si256(upper, _mm256_set1_epi8(1));
-            for (int t = 0; t < TOKENS; t++)
-                sums[t][i + half] = dot(sums[t][i + half], weights, with_signs(inputs[t], signs));
+        for (long i = 0; i < 2 * phases; i += 2) {
+            const __m256i left = (__m256i)indices[i], right = (__m256i)indices[i + 1];
+            for (const __m256i half : {_mm256_unpacklo_epi16(left, right), _mm256_unpackhi_epi16(left, right)}) {
+                const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), half);
+                *out = {(Bytes)choose(levels.magnitudes, _mm256_xor_si256(half, upper)),
+                        (Bytes)_mm256_or_si256(upper, _mm256_set1_epi8(1))};
+                out += QUADS;
+            }
         }
     }
 }
 
-// The row of a tile whose sum is number i.
+// As above.
+const long IN_ORDER = 1;
+
 template <int BITS>
 inline long row_of(long i) {
     const long phase = i / 16, half = i / 8 % 2, lane = i % 8;
     return (lane / 4 * 8 + half * 4 + lane % 4) * Tile<BITS>::PHASES + phase;
 }
 #else
-template <int BITS, int TOKENS>
-inline void add_products(const uint8_t* const* p, long tiles, const Levels& levels, const Bytes* inputs, Ints (*sums)[SUMS]) {
+template <int BITS>
+inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Weights* out) {
     for (long row = 0; row < tiles * Tile<BITS>::ROWS; row++)
-        for (int column = 0; column < 4; column++) {
+        for (long column = 0; column < 4; column++) {
             const uint8_t* bytes = p[column] + row * BITS / 8;
             const uint32_t word = bytes[0] | bytes[1] << 8 | bytes[2] << 16;
             const uint32_t index = (word >> row * BITS % 8 & 0xfff) * levels.multiplier >> 24;
-            const int weight = index < 128 ? levels.magnitudes[index] : -levels.magnitudes[255 - index];
-            for (int t = 0; t < TOKENS; t++) ((int32_t*)sums[t])[row] += weight * inputs[t][column];
+            Weights& weights = out[row / ROWS_AT_ONCE * QUADS];
+            const long place = row % ROWS_AT_ONCE * 4 + column;
+            weights.magnitudes[place] = levels.magnitudes[index < 128 ? index : 255 - index];
+            weights.signs[place] = index < 128 ? 1 : -1;
         }
 }
+
+const long IN_ORDER = ROWS_AT_ONCE;
 
 template <int BITS>
 inline long row_of(long i) { return i; }
@@ -211,61 +245,103 @@ class Streams {
     uint8_t copied_[4][TRELLIS_BLOCK * BITS / 8 + OVERHANG];
 };
 
-// Rows first .. last - 1, at most a block of them, of the products with TOKENS vectors x.
-template <int BITS, int TOKENS>
-void trellis_block(const Run<Token>& run, const uint8_t* codes, const Levels& levels, float unit, long rows, long columns,
-                   long first, long last) {
-    const long tiles = (last - first + Tile<BITS>::ROWS - 1) / Tile<BITS>::ROWS, bytes = rows * BITS / 8;
-    const long size = tiles * Tile<BITS>::BYTES + OVERHANG;
-    Floats sums[TOKENS][SUMS] = {};
-    for (long k = 0; k < columns;) {
-        const long block = k / BLOCK, end = k + BLOCK < columns ? k + BLOCK : columns;
-        Ints part[TOKENS][SUMS] = {};
-        if (SHIFT)
-            for (int t = 0; t < TOKENS; t++) {
-                int32_t inputs = 0;
-                for (long i = 0; i < BLOCK; i++) inputs += run.inputs[t].values[block * BLOCK + i];
-                for (Ints& sums : part[t]) sums = all(-SHIFT * inputs);
-            }
-        for (; k < end; k += 4) {
-            const Streams<BITS> streams(codes, k, columns, bytes, first / 8 * BITS, size);
-            for (int c = 32; c < 36; c++)  // hidden by eight steps
-                for (long line = 0; line < size; line += 64)
-                    __builtin_prefetch(codes + (k + c) * bytes + first / 8 * BITS + line);
-            Bytes inputs[TOKENS];
-            for (int t = 0; t < TOKENS; t++) inputs[t] = (Bytes)all(load<int32_t>(run.inputs[t].values + k));
-            add_products<BITS, TOKENS>(streams.begins, tiles, levels, inputs, part);
-        }
-        for (int t = 0; t < TOKENS; t++)
-            for (long i = 0; i < tiles * Tile<BITS>::ROWS / kLanes; i++)
-                sums[t][i] += __builtin_convertvector(part[t][i], Floats) * (-unit * run.inputs[t].scales[block]);
-    }
-    for (int t = 0; t < TOKENS; t++)
-        for (long i = 0; i < tiles * Tile<BITS>::ROWS; i++) {
-            const long row = first + i / Tile<BITS>::ROWS * Tile<BITS>::ROWS + row_of<BITS>(i % Tile<BITS>::ROWS);
-            if (row < last) run.outputs[t][row] = ((const float*)sums[t])[i];
-        }
+// Vectors of rows that keep their sums in registers together; a tile of 4 bits has no more than two with VBMI.
+template <int BITS>
+constexpr int groups_at_once() {
+    return Tile<BITS>::ROWS / ROWS_AT_ONCE < 4 ? 2 : 4;
 }
 
-template <int BITS, int TOKENS>
-void trellis_run(const Run<Token>& run, const uint8_t* codes, const Levels& levels, float unit, long rows, long columns,
-                 long first, long last) {
-    if (run.tokens == TOKENS) trellis_block<BITS, TOKENS>(run, codes, levels, unit, rows, columns, first, last);
-    else if constexpr (TOKENS > 1)
-        trellis_run<BITS, TOKENS - 1>(run, codes, levels, unit, rows, columns, first, last);
+// Minus the products of a panel of `groups` vectors of rows with TOKENS tokens, in units, added to sums [tokens][rows].
+template <int GROUPS, int TOKENS>
+__attribute__((noinline)) void multiply(const Weights* panel, long groups, long quads, const Token* tokens, long block, float unit, float* sums) {
+    const int8_t* inputs[TOKENS];
+    for (int t = 0; t < TOKENS; t++) inputs[t] = tokens[t].values + block * BLOCK;
+    for (long group = 0; group < groups; group += GROUPS, panel += GROUPS * QUADS) {
+        Sums part[TOKENS][GROUPS] = {};
+        for (long quad = 0; quad < quads; quad++)
+#pragma GCC unroll 6
+            for (int t = 0; t < TOKENS; t++) {
+                const auto four = four_inputs(inputs[t] + 4 * quad);
+#pragma GCC unroll 4
+                for (int g = 0; g < GROUPS; g++) add(part[t][g], panel[g * QUADS + quad], four);
+            }
+#pragma GCC unroll 6
+        for (int t = 0; t < TOKENS; t++) {
+            const float scale = -unit * tokens[t].scales[block];
+            const int32_t shift = SHIFT * tokens[t].totals[block];
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUPS; g++)
+                add_scaled(sums + t * TRELLIS_BLOCK + (group + g) * ROWS_AT_ONCE, part[t][g] - all_sums(shift), scale);
+        }
+    }
+}
+
+// The same for at most TOKENS tokens.
+template <int GROUPS, int TOKENS>
+inline void multiply_few(long count, const Weights* panel, long groups, long quads, const Token* tokens, long block, float unit,
+                         float* sums) {
+    if (count >= TOKENS) multiply<GROUPS, TOKENS>(panel, groups, quads, tokens, block, unit, sums);
+    else if constexpr (TOKENS > 1) multiply_few<GROUPS, TOKENS - 1>(count, panel, groups, quads, tokens, block, unit, sums);
+}
+
+// Pairs of one expert, at most MOST_AT_ONCE: what is decoded for them is multiplied with all.
+struct Span {
+    long expert, count;
+    const Token* inputs;
+    float* outputs;  // [count][rows]
+};
+const long MOST_AT_ONCE = 96;  // their sums of a block of rows fit into the second cache
+
+// Rows first .. last - 1, at most a block of them, of the products with the tokens of a span. sums: room for
+// [count][TRELLIS_BLOCK].
+template <int BITS>
+void trellis_block(const Span& span, const uint8_t* codes, const Levels& levels, float unit, long rows, long columns,
+                   long first, long last, float* sums) {
+    const long tiles = (last - first + Tile<BITS>::ROWS - 1) / Tile<BITS>::ROWS, bytes = rows * BITS / 8;
+    const long size = tiles * Tile<BITS>::BYTES + OVERHANG, groups = tiles * (Tile<BITS>::ROWS / ROWS_AT_ONCE);
+    alignas(64) Weights panel[TRELLIS_BLOCK / ROWS_AT_ONCE * QUADS];
+    std::memset(sums, 0, span.count * TRELLIS_BLOCK * sizeof(float));
+    for (long k = 0; k < columns; k += BLOCK) {
+        const long quads = columns - k < BLOCK ? (columns - k + 3) / 4 : QUADS;
+        for (long quad = 0; quad < quads; quad++) {
+            const long column = k + 4 * quad;
+            for (long c = column + 32; c < column + 36; c++)  // hidden by eight steps
+                for (long line = 0; line < size; line += 64)
+                    __builtin_prefetch(codes + c * bytes + first / 8 * BITS + line);
+            const Streams<BITS> streams(codes, column, columns, bytes, first / 8 * BITS, size);
+            decode<BITS>(streams.begins, tiles, levels, panel + quad);
+        }
+        for (long t = 0; t < span.count; t += TILE_TOKENS)
+            multiply_few<groups_at_once<BITS>(), TILE_TOKENS>(span.count - t, panel, groups, quads, span.inputs + t,
+                                                              k / BLOCK, unit, sums + t * TRELLIS_BLOCK);
+    }
+    for (long t = 0; t < span.count; t++)
+        for (long i = 0; i < tiles * Tile<BITS>::ROWS; i += IN_ORDER) {
+            const long row = first + i / Tile<BITS>::ROWS * Tile<BITS>::ROWS + row_of<BITS>(i % Tile<BITS>::ROWS);
+            const float* from = sums + t * TRELLIS_BLOCK + i;
+            float* to = span.outputs + t * rows + row;
+            if (row + IN_ORDER <= last) std::memcpy(to, from, IN_ORDER * sizeof(float));
+            else if (row < last) std::memcpy(to, from, (last - row) * sizeof(float));
+        }
 }
 
 template <int BITS>
-void trellis_products(const uint8_t* codes, const Levels& levels, float unit, const std::vector<Run<Token>>& runs,
-                      long rows, long columns, long threads) {
-    const long blocks = (rows + TRELLIS_BLOCK - 1) / TRELLIS_BLOCK, count = (long)runs.size() * blocks;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long i = 0; i < count; i++) {
-        const Run<Token>& run = runs[i / blocks];
-        const long first = i % blocks * TRELLIS_BLOCK;
-        const long last = first + TRELLIS_BLOCK < rows ? first + TRELLIS_BLOCK : rows;
-        trellis_run<BITS, MOST>(run, codes + run.expert * columns * (rows * BITS / 8), levels, unit, rows, columns, first,
-                                last);
+void trellis_products(const uint8_t* codes, const Levels& levels, float unit, const std::vector<Span>& spans, long rows,
+                      long columns, long threads) {
+    const long blocks = (rows + TRELLIS_BLOCK - 1) / TRELLIS_BLOCK, count = (long)spans.size() * blocks;
+    long most = 0;
+    for (const Span& span : spans) most = span.count > most ? span.count : most;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sums(most * TRELLIS_BLOCK);
+#pragma omp for schedule(static)
+        for (long i = 0; i < count; i++) {
+            const Span& span = spans[i / blocks];
+            const long first = i % blocks * TRELLIS_BLOCK;
+            const long last = first + TRELLIS_BLOCK < rows ? first + TRELLIS_BLOCK : rows;
+            trellis_block<BITS>(span, codes + span.expert * columns * (rows * BITS / 8), levels, unit, rows, columns, first,
+                                last, sums.data());
+        }
     }
 }
 
@@ -278,12 +354,18 @@ extern "C" void kbvq_integer_trellis_products(const uint8_t* codes, const uint8_
                                               uint32_t multiplier, long tokens, long pairs, long rows, long columns,
                                               long bits, long threads) {
     const Levels levels = {magnitudes, multiplier};
-    const Tokens rounded(x, tokens, columns);
-    const auto input = [&](long t) { return rounded[t]; };
-    const auto runs = runs_of<Token>(experts, pairs, rows_of_x, input, out, rows);
+    const Tokens rounded(x, tokens, columns, threads);
+    std::vector<Token> inputs;
+    for (long p = 0; p < pairs; p++) inputs.push_back(rounded[rows_of_x[p]]);
+    std::vector<Span> spans;
+    for (long p = 0; p < pairs; p++) {
+        if (!p || experts[p] != experts[p - 1] || spans.back().count == MOST_AT_ONCE)
+            spans.push_back({experts[p], 0, &inputs[p], out + p * rows});
+        spans.back().count++;
+    }
     const auto run = bits == 1   ? trellis_products<1>
                      : bits == 2 ? trellis_products<2>
                      : bits == 3 ? trellis_products<3>
                                  : trellis_products<4>;
-    run(codes, levels, unit, runs, rows, columns, threads);
+    run(codes, levels, unit, spans, rows, columns, threads);
 }

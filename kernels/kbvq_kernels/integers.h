@@ -20,38 +20,59 @@ typedef int8_t Bytes __attribute__((vector_size(32), may_alias));
 const long BLOCK = 64;  // channels with one scale
 
 struct Token {
-    const int8_t* values;  // filled up with zeros to whole blocks
-    const float* scales;   // of each block
+    const int8_t* values;   // filled up with zeros to whole blocks
+    const float* scales;    // of each block
+    const int32_t* totals;  // of each block the sum of its values
 };
 
 // Tokens [count, columns], rounded. A value that is not finite makes its block's scale, and all products, NaN.
 class Tokens {
   public:
-    Tokens(const float* x, long count, long columns)
-        : blocks_((columns + BLOCK - 1) / BLOCK), values_(count * blocks_ * BLOCK), scales_(count * blocks_) {
+    Tokens(const float* x, long count, long columns, long threads)
+        : blocks_((columns + BLOCK - 1) / BLOCK), values_(count * blocks_ * BLOCK), scales_(count * blocks_),
+          totals_(count * blocks_) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > 16)
         for (long t = 0; t < count; t++)
             for (long b = 0; b < blocks_; b++) {
                 const long first = b * BLOCK, size = columns - first < BLOCK ? columns - first : BLOCK;
-                scales_[t * blocks_ + b] = round(x + t * columns + first, size, &values_[(t * blocks_ + b) * BLOCK]);
+                alignas(32) float block[BLOCK] = {};
+                std::memcpy(block, x + t * columns + first, size * sizeof(float));
+                round(block, t * blocks_ + b);
             }
     }
-    Token operator[](long t) const { return {&values_[t * blocks_ * BLOCK], &scales_[t * blocks_]}; }
+    Token operator[](long t) const { return {&values_[t * blocks_ * BLOCK], &scales_[t * blocks_], &totals_[t * blocks_]}; }
 
   private:
-    static float round(const float* x, long size, int8_t* values) {
-        float largest = 0, zero = 0;
-        for (long i = 0; i < size; i++) {
-            largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
-            zero += x[i] * 0;
+    void round(const float* x, long block) {
+        const Floats none = {};
+        Floats greatest = none, zero = none;
+        for (long i = 0; i < BLOCK; i += kLanes) {
+            const Floats some = load(x + i), size = some < none ? -some : some;
+            greatest = size > greatest ? size : greatest;
+            zero += some * 0;
         }
-        if (zero != 0 || largest == 0) return zero;
+        float largest = 0, finite = 0;
+        for (long i = 0; i < kLanes; i++) {
+            largest = greatest[i] > largest ? greatest[i] : largest;
+            finite += zero[i];
+        }
+        scales_[block] = finite;
+        if (finite != 0 || largest == 0) return;
+        scales_[block] = largest / 127;
         const float units = 127 / largest;
-        for (long i = 0; i < size; i++) values[i] = (int8_t)(int32_t)std::rint(x[i] * units);
-        return largest / 127;
+        int8_t* values = &values_[block * BLOCK];
+        int32_t total = 0;
+        for (long i = 0; i < BLOCK; i++) {
+            const int32_t rounded = (int32_t)std::rint(x[i] * units);
+            values[i] = (int8_t)rounded;
+            total += rounded;
+        }
+        totals_[block] = total;
     }
     const long blocks_;
     std::vector<int8_t> values_;
     std::vector<float> scales_;
+    std::vector<int32_t> totals_;
 };
 
 // sums[i] + Σ_j magnitudes[4 i + j] inputs[4 i + j]; magnitudes 0 to 127, inputs -127 to 127.

@@ -144,18 +144,44 @@ def test_moe_in_integers_is_exact_but_for_the_rounding_to_8_bits(name):
     assert error(actual, plain) > 1e-3  # so it was in integers
 
 
+@pytest.mark.parametrize("many", [0, 100])  # more than are multiplied with what is decoded once, too
 @pytest.mark.parametrize("in_features", [24, 160, 200])  # less than a block; half a block and some weights left over
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(INTEGER)])
-def test_integer_products_are_exact_but_for_the_rounding_of_x(name, in_features):
+def test_integer_products_are_exact_but_for_the_rounding_of_x(name, in_features, many):
     """Runs of 1 to 4 tokens and more, rows that fill no tile and several."""
     tensors, fields = random_projection(3, 544, in_features, **FORMATS[name] | {"rank": 0})
     tensors.pop("bias", None)
     prepared, weights = prepare(tensors, **fields), integer_weights(tensors, fields)
-    experts = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2])
-    rows = torch.tensor([4, 1, 2, 3, 0, 1, 2, 4, 0, 3])
+    experts = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, *[1] * many, 2, 2])
+    rows = torch.tensor([4, 1, 2, 3, 0, 1, 2, 4, *[0, 1, 2, 3, 4] * (many // 5), 0, 3])
     x = torch.randn(5, in_features, generator=torch.Generator().manual_seed(4))
     expected = torch.einsum("pnk,pk->pn", weights[experts], rounded_to_8_bits(x)[rows])
     assert error(cpu._decode_products(x, rows, experts, prepared, integers=True), expected) < 1e-6
+
+
+def test_many_tokens_of_a_trellis_code_are_multiplied_in_integers_where_nothing_is_faster(monkeypatch):
+    """In one call and in several, of whole experts."""
+    arguments, plain = moe_case(FORMATS["trellis-2"], 60, dtype=torch.bfloat16)
+    index, projections, called, products = arguments[1], arguments[3:5], [], cpu._decode_products
+    hit, counts = (found.tolist() for found in index[index < 5].unique(return_counts=True))
+
+    def counted(x, rows, experts, p, integers):
+        called.append((experts.unique().tolist(), integers))
+        return products(x, rows, experts, p, integers)
+
+    monkeypatch.setattr(cpu, "_decode_products", counted)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    whole = kbvq_kernels.moe_forward(*arguments)
+    assert called == [(hit, True)] * 2
+    assert 1e-3 < error(whole, plain) < 2e-2  # rounded to 8 bits
+    called.clear()
+    monkeypatch.setattr(cpu, "PAIRS_AT_ONCE", counts[0] + counts[1])
+    assert torch.equal(kbvq_kernels.moe_forward(*arguments), whole)
+    assert [experts for experts, _ in called[:2]] == [hit[:2]] * 2 and len(called) > 2
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert cpu.most_tokens(torch.bfloat16, *projections) == cpu.DECODE_TOKENS < min(counts)
+    assert error(kbvq_kernels.moe_forward(*arguments), plain) < 1.5e-2
+    assert cpu.most_tokens(torch.float32, *projections) == cpu.DECODE_TOKENS
 
 
 def test_levels_that_8_bits_hold_too_badly_are_multiplied_in_floats():
