@@ -1,8 +1,8 @@
 """The ops on the CPU: compiled decoding where there is a C++ compiler, torch's embedding lookup otherwise.
 
-Both give the same numbers up to float32 rounding, with one exception: 16-bit hidden states that meet a trellis code, and
-few of them that meet int8 codewords, are multiplied in integers, for which they are rounded to 8 bits
-(cpu_integer_trellis.cpp, cpu_integer.cpp). Which one runs is logged once, by name.
+Both give the same numbers up to float32 rounding, with one exception: 16-bit hidden states that meet int8 codewords or
+a trellis code are multiplied in integers, for which they are rounded to 8 bits (integer_panel.h). Which one runs is
+logged once, by name.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from kbvq_kernels.reference import (
 )
 
 DECODE_TOKENS = 16
-"""Up to this many tokens of one expert are multiplied while decoding; above, its rows are decoded once for F.linear, but
-for trellis codes in integers (`most_tokens`)."""
+"""Up to this many tokens of one expert are multiplied while decoding where that is not in integers (`most_tokens`);
+above, its rows are decoded once for F.linear."""
 
 PAIRS_AT_ONCE = 1024
 """Tokens of experts that are multiplied by one call, unless a single expert has more: bounds what lies between."""
@@ -216,13 +216,13 @@ def _has_integers(p: PreparedProjection) -> bool:
 def most_tokens(dtype: torch.dtype, *projections: PreparedProjection) -> float:
     """Up to how many tokens of one expert are multiplied while decoding.
 
-    Integer products of a trellis code are as fast as any that the processor has, for any number of tokens, unless it
-    has matrix tiles (AMX).
+    Products in integers are faster than those of floats with any number of tokens, unless the processor multiplies
+    tiles (AMX).
     """
     if library() is None:
         return 0
-    trellis = all(p.trellis_bits and _has_integers(p) for p in projections)
-    if trellis and dtype in (torch.bfloat16, torch.float16) and not torch.cpu._is_amx_tile_supported():
+    integers = dtype in (torch.bfloat16, torch.float16) and all(map(_has_integers, projections))
+    if integers and not torch.cpu._is_amx_tile_supported():
         return math.inf
     return DECODE_TOKENS
 

@@ -1,8 +1,8 @@
 // Products of packed experts with a few vectors in integers (integers.h): the weights are the stored 8-bit codewords.
 //
-// Codewords of a group of weights are loads from the table; a group is multiplied with every token of the expert while it
-// is there. With AVX-512 the plane of signs is the mask of a subtraction.
-#include "integers.h"
+// Codewords of a group of weights are loads from the table; a group is multiplied with up to MOST tokens of the expert
+// while it is there, with more by panels. With AVX-512 the plane of signs is the mask of a subtraction.
+#include "integer_panel.h"
 
 namespace {
 
@@ -10,14 +10,6 @@ typedef uint64_t Longs __attribute__((vector_size(32)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 
 const long GROUP = 32;  // weights that are multiplied at once
-
-inline Bytes absolute(Bytes values) {
-#ifdef __AVX2__
-    return (Bytes)_mm256_abs_epi8((__m256i)values);
-#else
-    return values < 0 ? -values : values;
-#endif
-}
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 typedef __mmask32 Signs;  // set where negative
@@ -81,6 +73,11 @@ struct Expert {
     const uint8_t* codes;
     const int8_t* table;
 };
+
+template <int D>
+inline Expert expert_of(const Format& f, const Expert& bank, long expert, bool own_table) {
+    return {bank.codes + expert * f.rows * f.row_bytes, bank.table + (own_table ? expert : 0) * f.codewords * D};
+}
 
 inline float total(Floats v) {
     float sum = 0;
@@ -155,8 +152,7 @@ void all_products(const Format& f, const Expert& bank, const std::vector<Run<Tok
     for (long i = 0; i < count; i++) {
         const Run<Token>& run = runs[i / blocks];
         const long first = i % blocks * block, last = first + block < f.rows ? first + block : f.rows;
-        const Expert expert = {bank.codes + run.expert * f.rows * f.row_bytes,
-                               bank.table + (per_expert ? run.expert : 0) * f.codewords * D};
+        const Expert expert = expert_of<D>(f, bank, run.expert, per_expert);
         if constexpr (D > 2 && !WIDE)
             if (f.signs) {
                 run_rows<D, WIDE, true, MOST>(run, f, expert, first, last);
@@ -164,6 +160,103 @@ void all_products(const Format& f, const Expert& bank, const std::vector<Run<Tok
             }
         run_rows<D, WIDE, false, MOST>(run, f, expert, first, last);
     }
+}
+
+// Eight vectors of eight words as a matrix, transposed in place.
+inline void transpose(Words* w) {
+    Words pairs[8], fours[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = __builtin_shufflevector(w[i], w[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pairs[i + 1] = __builtin_shufflevector(w[i], w[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const int i = j / 2 * 4 + j % 2, to = 2 * j;
+        fours[to] = __builtin_shufflevector(pairs[i], pairs[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        fours[to + 1] = __builtin_shufflevector(pairs[i], pairs[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        w[i] = __builtin_shufflevector(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        w[i + 4] = __builtin_shufflevector(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// GROUP weights of a row from column k on, with their signs; zeros behind the last.
+template <int D, bool WIDE, bool SIGNED>
+inline Bytes weights_of(const Format& f, const Expert& e, const uint8_t* row, long k) {
+    const long columns = f.vectors * D;
+    if (k + GROUP <= columns) {
+        const Bytes weights = codewords<D, WIDE>(row, k / D, f.plane, e.table);
+        if constexpr (SIGNED) return with_signs(weights, signs_of(row + f.plane + k / 8));
+        return weights;
+    }
+    Bytes weights = {};
+    for (long i = 0; k + i < columns; i++) {
+        const long column = k + i;
+        const int8_t weight = e.table[code<WIDE>(row, column / D, f.plane) * D + column % D];
+        weights[i] = SIGNED && row[f.plane + column / 8] >> column % 8 & 1 ? -weight : weight;
+    }
+    return weights;
+}
+
+// Rows first .. last - 1, at most STRIP, of the products with the tokens of a span. sums: of for_panels, from `first` on.
+// What is decoded together has fewer rows than a panel and more columns: as many as a cache line of codes has.
+const long STRIP = 4 * ROWS_AT_ONCE, BLOCKS = 8;
+
+template <int D, bool WIDE, bool SIGNED>
+void strip_products(const Span& span, const Format& f, const Expert& e, long first, long last, float* sums) {
+    const long columns = f.vectors * D;
+    alignas(64) Weights panel[BLOCKS][STRIP / ROWS_AT_ONCE * QUADS];
+    for (long begin = 0; begin < columns; begin += BLOCKS * BLOCK) {
+        const long end = begin + BLOCKS * BLOCK < columns ? begin + BLOCKS * BLOCK : columns;
+        for (long n = 0; n < STRIP; n += kLanes) {
+            const uint8_t* rows[kLanes];
+            for (long r = 0; r < kLanes; r++)
+                rows[r] = e.codes + (first + n + r < last ? first + n + r : last - 1) * f.row_bytes;
+            for (long k = begin; k < end; k += GROUP) {
+                Words words[kLanes];
+#pragma GCC unroll 8
+                for (long r = 0; r < kLanes; r++) words[r] = (Words)weights_of<D, WIDE, SIGNED>(f, e, rows[r], k);
+                transpose(words);
+                const long block = (k - begin) / BLOCK, quad = k % BLOCK / 4;
+                Weights* quads = panel[block] + n / ROWS_AT_ONCE * QUADS + quad;
+#pragma GCC unroll 8
+                for (long q = 0; q < GROUP / 4; q++) put(quads[q], n % ROWS_AT_ONCE / kLanes, (Bytes)words[q]);
+            }
+        }
+        for (long k = begin; k < end; k += BLOCK) {
+            const long quads = end - k < BLOCK ? (end - k + 3) / 4 : QUADS;
+            multiply_all<4>(panel[(k - begin) / BLOCK], 4, quads, span.inputs, span.count, k / BLOCK, 1, sums);
+        }
+    }
+    for (long t = 0; t < span.count; t++)
+        std::memcpy(span.outputs + t * f.rows + first, sums + t * PANEL_ROWS, (last - first) * sizeof(float));
+}
+
+template <int D, bool WIDE, bool SIGNED>
+void panel_products(const Span& span, const Format& f, const Expert& e, long first, long last, float* sums) {
+    for (long n = first; n < last; n += STRIP)
+        strip_products<D, WIDE, SIGNED>(span, f, e, n, n + STRIP < last ? n + STRIP : last, sums + n - first);
+}
+
+template <int D, bool WIDE>
+void all_panels(const Format& f, const Expert& bank, const std::vector<Span>& spans, bool per_expert, long threads) {
+    for_panels(spans, f.rows, threads, [&](const Span& span, long first, long last, float* sums) {
+        const Expert expert = expert_of<D>(f, bank, span.expert, per_expert);
+        if constexpr (D > 2 && !WIDE)
+            if (f.signs) return panel_products<D, WIDE, true>(span, f, expert, first, last, sums);
+        panel_products<D, WIDE, false>(span, f, expert, first, last, sums);
+    });
+}
+
+// Pairs of one expert by runs, many by spans.
+template <int D, bool WIDE>
+void all_pairs(const Format& f, const Expert& bank, const std::vector<Run<Token>>& runs, const std::vector<Span>& spans,
+               bool per_expert, long threads) {
+    if (runs.size()) all_products<D, WIDE>(f, bank, runs, per_expert, threads);
+    if (spans.size()) all_panels<D, WIDE>(f, bank, spans, per_expert, threads);
 }
 
 }  // namespace
@@ -177,12 +270,19 @@ extern "C" void kbvq_integer_products(const uint8_t* codes, const int8_t* table,
     const Format f = {rows, vectors, plane, row_bytes, codewords, 1, 1, signs != 0};
     const Expert bank = {codes, table};
     const Tokens rounded(x, tokens, vectors * dim, threads);
-    const auto input = [&](long t) { return rounded[t]; };
-    const auto runs = runs_of<Token>(experts, pairs, rows_of_x, input, out, rows);
-    const auto run = dim == 2   ? codewords > 256 ? all_products<2, true> : all_products<2, false>
-                     : dim == 4 ? codewords > 256 ? all_products<4, true> : all_products<4, false>
-                     : codewords > 256 ? all_products<8, true>
-                                       : all_products<8, false>;
-    run(f, bank, runs, books > 1, threads);
+    std::vector<Token> inputs;
+    for (long p = 0; p < pairs; p++) inputs.push_back(rounded[rows_of_x[p]]);
+    std::vector<Run<Token>> runs;
+    std::vector<Span> spans;
+    for_experts(experts, pairs, [&](long p, long count) {
+        if (count > MOST) return add_spans(spans, experts[p], &inputs[p], out + p * rows, count, rows);
+        Run<Token> run = {experts[p], count, {}, {}};
+        for (long t = 0; t < count; t++) run.inputs[t] = inputs[p + t], run.outputs[t] = out + (p + t) * rows;
+        runs.push_back(run);
+    });
+    const auto run = dim == 2   ? codewords > 256 ? all_pairs<2, true> : all_pairs<2, false>
+                     : dim == 4 ? codewords > 256 ? all_pairs<4, true> : all_pairs<4, false>
+                     : codewords > 256 ? all_pairs<8, true>
+                                       : all_pairs<8, false>;
+    run(f, bank, runs, spans, books > 1, threads);
 }
-

@@ -2,9 +2,7 @@
 //
 // A level is found without memory. The window of 12 bits is multiplied in 16-bit lanes, and the high byte of the product
 // chooses: among 128 magnitudes in eight registers of 16, or with AVX-512 VBMI among 256 levels in four registers of 64.
-// A panel of rows and columns is decoded into the nearest cache and then multiplied with all tokens of the expert, some
-// of which keep their sums in registers.
-#include "integers.h"
+#include "integer_panel.h"
 #include "trellis_windows.h"
 
 namespace {
@@ -18,9 +16,6 @@ struct Levels {
     uint32_t multiplier;
 };
 
-const long TRELLIS_BLOCK = 512;   // rows of a panel: of 2 bits two cache lines
-const long QUADS = BLOCK / 4;     // fours of columns of a panel
-
 #ifdef __AVX512VBMI__
 // A tile is four runs of rows; the windows of a run lie in eight bytes.
 template <int BITS>
@@ -28,7 +23,6 @@ struct Tile {
     static const long RUN = BITS == 4 ? 8 : 16, ROWS = 4 * RUN, BYTES = ROWS * BITS / 8;
 };
 const long OVERHANG = 32;  // bytes that may be read from a tile's first on
-const int SHIFT = 127;     // added to the products' levels, so that they have no sign
 
 // SHIFT minus each of the 256 levels, in units.
 inline Choice shifted_levels(const uint8_t* magnitudes) {
@@ -41,12 +35,6 @@ inline Choice shifted_levels(const uint8_t* magnitudes) {
     }
     return levels;
 }
-
-// The weights of 16 rows and four columns, shifted.
-typedef __m512i Weights;
-typedef int32_t Sums __attribute__((vector_size(64)));
-const long ROWS_AT_ONCE = 16;
-const int TILE_TOKENS = 6;  // times four vectors of rows: what registers hold
 
 // Decodes four columns' tiles; out: [groups of rows][QUADS], from the quad of these columns on.
 template <int BITS>
@@ -69,17 +57,6 @@ inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, We
     }
 }
 
-inline Sums all_sums(int32_t x) { return (Sums)_mm512_set1_epi32(x); }
-inline __m512i four_inputs(const int8_t* values) { return _mm512_set1_epi32(load<int32_t>(values)); }
-// In assembler, because with the intrinsic GCC 12 keeps a copy of each sum and has no registers for them.
-inline void add(Sums& sums, Weights weights, __m512i inputs) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(inputs));
-}
-inline void add_scaled(float* out, Sums sums, float scale) {
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_set1_ps(scale));
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), scaled));
-}
-
 // The row of a tile whose sum is number i; IN_ORDER rows follow each other.
 const long IN_ORDER = 4;
 
@@ -88,23 +65,6 @@ inline long row_of(long i) {
     return i % 16 / 4 * Tile<BITS>::RUN + i / 16 * 4 + i % 4;
 }
 #else
-// The weights of 8 rows and four columns, magnitudes and signs.
-struct Weights {
-    Bytes magnitudes, signs;
-};
-typedef Ints Sums;
-const long ROWS_AT_ONCE = 8;
-const int SHIFT = 0, TILE_TOKENS = 2;  // times four vectors of rows: what registers hold
-
-inline Sums all_sums(int32_t x) { return all(x); }
-inline Bytes four_inputs(const int8_t* values) { return (Bytes)all(load<int32_t>(values)); }
-inline void add(Sums& sums, const Weights& weights, Bytes inputs) {
-    sums = dot(sums, weights.magnitudes, with_signs(inputs, weights.signs));
-}
-inline void add_scaled(float* out, Sums sums, float scale) {
-    store(out, load<Floats>(out) + __builtin_convertvector(sums, Floats) * scale);
-}
-
 const long OVERHANG = 8;  // bytes that may be read after those of a tile
 
 // 16 times as many rows as there are windows before one begins with a byte again.
@@ -242,7 +202,7 @@ class Streams {
     const uint8_t* begins[4];
 
   private:
-    uint8_t copied_[4][TRELLIS_BLOCK * BITS / 8 + OVERHANG];
+    uint8_t copied_[4][PANEL_ROWS * BITS / 8 + OVERHANG];
 };
 
 // Vectors of rows that keep their sums in registers together; a tile of 4 bits has no more than two with VBMI.
@@ -251,56 +211,13 @@ constexpr int groups_at_once() {
     return Tile<BITS>::ROWS / ROWS_AT_ONCE < 4 ? 2 : 4;
 }
 
-// Minus the products of a panel of `groups` vectors of rows with TOKENS tokens, in units, added to sums [tokens][rows].
-template <int GROUPS, int TOKENS>
-__attribute__((noinline)) void multiply(const Weights* panel, long groups, long quads, const Token* tokens, long block, float unit, float* sums) {
-    const int8_t* inputs[TOKENS];
-    for (int t = 0; t < TOKENS; t++) inputs[t] = tokens[t].values + block * BLOCK;
-    for (long group = 0; group < groups; group += GROUPS, panel += GROUPS * QUADS) {
-        Sums part[TOKENS][GROUPS] = {};
-        for (long quad = 0; quad < quads; quad++)
-#pragma GCC unroll 6
-            for (int t = 0; t < TOKENS; t++) {
-                const auto four = four_inputs(inputs[t] + 4 * quad);
-#pragma GCC unroll 4
-                for (int g = 0; g < GROUPS; g++) add(part[t][g], panel[g * QUADS + quad], four);
-            }
-#pragma GCC unroll 6
-        for (int t = 0; t < TOKENS; t++) {
-            const float scale = -unit * tokens[t].scales[block];
-            const int32_t shift = SHIFT * tokens[t].totals[block];
-#pragma GCC unroll 4
-            for (int g = 0; g < GROUPS; g++)
-                add_scaled(sums + t * TRELLIS_BLOCK + (group + g) * ROWS_AT_ONCE, part[t][g] - all_sums(shift), scale);
-        }
-    }
-}
-
-// The same for at most TOKENS tokens.
-template <int GROUPS, int TOKENS>
-inline void multiply_few(long count, const Weights* panel, long groups, long quads, const Token* tokens, long block, float unit,
-                         float* sums) {
-    if (count >= TOKENS) multiply<GROUPS, TOKENS>(panel, groups, quads, tokens, block, unit, sums);
-    else if constexpr (TOKENS > 1) multiply_few<GROUPS, TOKENS - 1>(count, panel, groups, quads, tokens, block, unit, sums);
-}
-
-// Pairs of one expert, at most MOST_AT_ONCE: what is decoded for them is multiplied with all.
-struct Span {
-    long expert, count;
-    const Token* inputs;
-    float* outputs;  // [count][rows]
-};
-const long MOST_AT_ONCE = 96;  // their sums of a block of rows fit into the second cache
-
-// Rows first .. last - 1, at most a block of them, of the products with the tokens of a span. sums: room for
-// [count][TRELLIS_BLOCK].
+// Rows first .. last - 1, of one panel, of the products with the tokens of a span. sums: of for_panels.
 template <int BITS>
 void trellis_block(const Span& span, const uint8_t* codes, const Levels& levels, float unit, long rows, long columns,
                    long first, long last, float* sums) {
     const long tiles = (last - first + Tile<BITS>::ROWS - 1) / Tile<BITS>::ROWS, bytes = rows * BITS / 8;
     const long size = tiles * Tile<BITS>::BYTES + OVERHANG, groups = tiles * (Tile<BITS>::ROWS / ROWS_AT_ONCE);
-    alignas(64) Weights panel[TRELLIS_BLOCK / ROWS_AT_ONCE * QUADS];
-    std::memset(sums, 0, span.count * TRELLIS_BLOCK * sizeof(float));
+    alignas(64) Weights panel[PANEL_ROWS / ROWS_AT_ONCE * QUADS];
     for (long k = 0; k < columns; k += BLOCK) {
         const long quads = columns - k < BLOCK ? (columns - k + 3) / 4 : QUADS;
         for (long quad = 0; quad < quads; quad++) {
@@ -311,14 +228,12 @@ void trellis_block(const Span& span, const uint8_t* codes, const Levels& levels,
             const Streams<BITS> streams(codes, column, columns, bytes, first / 8 * BITS, size);
             decode<BITS>(streams.begins, tiles, levels, panel + quad);
         }
-        for (long t = 0; t < span.count; t += TILE_TOKENS)
-            multiply_few<groups_at_once<BITS>(), TILE_TOKENS>(span.count - t, panel, groups, quads, span.inputs + t,
-                                                              k / BLOCK, unit, sums + t * TRELLIS_BLOCK);
+        multiply_all<groups_at_once<BITS>()>(panel, groups, quads, span.inputs, span.count, k / BLOCK, unit, sums);
     }
     for (long t = 0; t < span.count; t++)
         for (long i = 0; i < tiles * Tile<BITS>::ROWS; i += IN_ORDER) {
             const long row = first + i / Tile<BITS>::ROWS * Tile<BITS>::ROWS + row_of<BITS>(i % Tile<BITS>::ROWS);
-            const float* from = sums + t * TRELLIS_BLOCK + i;
+            const float* from = sums + t * PANEL_ROWS + i;
             float* to = span.outputs + t * rows + row;
             if (row + IN_ORDER <= last) std::memcpy(to, from, IN_ORDER * sizeof(float));
             else if (row < last) std::memcpy(to, from, (last - row) * sizeof(float));
@@ -328,21 +243,10 @@ void trellis_block(const Span& span, const uint8_t* codes, const Levels& levels,
 template <int BITS>
 void trellis_products(const uint8_t* codes, const Levels& levels, float unit, const std::vector<Span>& spans, long rows,
                       long columns, long threads) {
-    const long blocks = (rows + TRELLIS_BLOCK - 1) / TRELLIS_BLOCK, count = (long)spans.size() * blocks;
-    long most = 0;
-    for (const Span& span : spans) most = span.count > most ? span.count : most;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> sums(most * TRELLIS_BLOCK);
-#pragma omp for schedule(static)
-        for (long i = 0; i < count; i++) {
-            const Span& span = spans[i / blocks];
-            const long first = i % blocks * TRELLIS_BLOCK;
-            const long last = first + TRELLIS_BLOCK < rows ? first + TRELLIS_BLOCK : rows;
-            trellis_block<BITS>(span, codes + span.expert * columns * (rows * BITS / 8), levels, unit, rows, columns, first,
-                                last, sums.data());
-        }
-    }
+    for_panels(spans, rows, threads, [&](const Span& span, long first, long last, float* sums) {
+        const uint8_t* own = codes + span.expert * columns * (rows * BITS / 8);
+        trellis_block<BITS>(span, own, levels, unit, rows, columns, first, last, sums);
+    });
 }
 
 }  // namespace
@@ -358,11 +262,9 @@ extern "C" void kbvq_integer_trellis_products(const uint8_t* codes, const uint8_
     std::vector<Token> inputs;
     for (long p = 0; p < pairs; p++) inputs.push_back(rounded[rows_of_x[p]]);
     std::vector<Span> spans;
-    for (long p = 0; p < pairs; p++) {
-        if (!p || experts[p] != experts[p - 1] || spans.back().count == MOST_AT_ONCE)
-            spans.push_back({experts[p], 0, &inputs[p], out + p * rows});
-        spans.back().count++;
-    }
+    for_experts(experts, pairs, [&](long p, long count) {
+        add_spans(spans, experts[p], &inputs[p], out + p * rows, count, rows);
+    });
     const auto run = bits == 1   ? trellis_products<1>
                      : bits == 2 ? trellis_products<2>
                      : bits == 3 ? trellis_products<3>

@@ -1,5 +1,5 @@
 // Vectors rounded to 8 bits, each block of BLOCK channels with a scale of its own, and their products with weights of 8
-// bits; included by cpu_integer.cpp and cpu_integer_trellis.cpp. Sums of a block are exact, the blocks are added in
+// bits; included by integer_panel.h. Sums of a block are exact, the blocks are added in
 // float32.
 //
 // A product of bytes has one factor without sign: magnitudes of weights. Their signs go to the inputs.
@@ -86,6 +86,14 @@ inline Ints dot(Ints sums, Bytes magnitudes, Bytes inputs) {
     for (long i = 0; i < kLanes; i++)
         for (long j = 4 * i; j < 4 * i + 4; j++) sums[i] += magnitudes[j] * inputs[j];
     return sums;
+#endif
+}
+
+inline Bytes absolute(Bytes values) {
+#ifdef __AVX2__
+    return (Bytes)_mm256_abs_epi8((__m256i)values);
+#else
+    return values < 0 ? -values : values;
 #endif
 }
 

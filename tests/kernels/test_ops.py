@@ -159,9 +159,10 @@ def test_integer_products_are_exact_but_for_the_rounding_of_x(name, in_features,
     assert error(cpu._decode_products(x, rows, experts, prepared, integers=True), expected) < 1e-6
 
 
-def test_many_tokens_of_a_trellis_code_are_multiplied_in_integers_where_nothing_is_faster(monkeypatch):
+@pytest.mark.parametrize("name", ["signed-d8-int8", "trellis-2"])
+def test_many_tokens_are_multiplied_in_integers_where_nothing_is_faster(name, monkeypatch):
     """In one call and in several, of whole experts."""
-    arguments, plain = moe_case(FORMATS["trellis-2"], 60, dtype=torch.bfloat16)
+    arguments, plain = moe_case(FORMATS[name], 60, dtype=torch.bfloat16)
     index, projections, called, products = arguments[1], arguments[3:5], [], cpu._decode_products
     hit, counts = (found.tolist() for found in index[index < 5].unique(return_counts=True))
 
