@@ -1,8 +1,9 @@
 """What the CPU's integer products cost in the predictions: `python eval/integer_products.py ORIGINAL PACKED …`.
 
-In 16 bits, and for at most 16 tokens of an expert, hidden states are rounded to int8 before they meet the codes
-(kernels/kbvq_kernels/cpu_integer.cpp). Scores short windows of unseen text, as short as that takes, in bfloat16 with
-integer and with float32 products: KL(original in float32 ‖ packed), nats per token, and the paired difference.
+In 16 bits, hidden states are rounded to int8 before they meet the codes (kernels/kbvq_kernels/integer_panel.h), on
+processors with matrix tiles those of at most 16 tokens of an expert: there --window has to be short. Scores windows of
+unseen text in bfloat16 with integer and with float32 products: KL(original in float32 ‖ packed), nats per token, and
+the paired difference.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from kbvq_eval.windows import text_windows
 from kbvq_kernels import cpu
 
 TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "validation.txt"
-WINDOW = 16
-
 
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, window: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ def divergences(packed: PreTrainedModel, windows: Tensor, wanted: list[Tensor], 
     if not used:
         raise SystemExit("no expert was computed by the CPU decoder; is there a C++ compiler?")
     return torch.stack(
-        [F.kl_div(q, p, reduction="sum", log_target=True) / WINDOW for q, p in zip(found, wanted, strict=True)]
+        [F.kl_div(q, p, reduction="sum", log_target=True) / len(p) for q, p in zip(found, wanted, strict=True)]
     )
 
 
@@ -54,8 +53,10 @@ def main() -> None:
     parser.add_argument("original", type=Path)
     parser.add_argument("packed", type=Path, nargs="+")
     parser.add_argument("--windows", type=int, default=800)
+    parser.add_argument("--window", type=int, default=16, help="tokens of one")
     options = parser.parse_args()
-    windows = text_windows(TEXT.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(options.original), WINDOW)
+    tokenizer = AutoTokenizer.from_pretrained(options.original)
+    windows = text_windows(TEXT.read_text(encoding="utf-8"), tokenizer, options.window)
     order = torch.randperm(len(windows.tokens), generator=torch.Generator().manual_seed(0))
     tokens = windows.tokens[order[: options.windows]]
     original = AutoModelForCausalLM.from_pretrained(options.original, dtype=torch.float32).eval()

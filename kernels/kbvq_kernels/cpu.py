@@ -35,9 +35,12 @@ above, its rows are decoded once for F.linear."""
 PAIRS_AT_ONCE = 1024
 """Tokens of experts that are multiplied by one call, unless a single expert has more: bounds what lies between."""
 
-MAX_INTEGER_TAIL = {1: 50, 2: 50, 3: 36, 4: 22}
-"""Bits -> tail of a trellis code's levels from which on rounding them to 8 bits would cost more than a tenth of the
-code's own error: such projections are multiplied in floats."""
+MAX_ROUNDING = 0.01
+"""Levels of a trellis code are rounded to 8 bits where that costs at most so much of the code's own squared error, else
+to 16."""
+
+TRELLIS_ERRORS = {1: 0.285, 2: 0.0693, 3: 0.0180, 4: 0.0048}
+"""Bits -> squared error of a trellis code on Gaussian weights of variance 1."""
 
 
 @functools.cache
@@ -96,11 +99,15 @@ def _bfloat16_levels(tail: int) -> Tensor:
 
 
 @functools.cache
-def _trellis_magnitudes(tail: int) -> tuple[Tensor, float]:
-    """(uint8 [128], unit): the lower half of the levels is -unit times them, within half a unit."""
-    lower = -trellis_levels(tail)[:128].float()
+def _integer_levels(bits: int, tail: int) -> tuple[Tensor, Tensor | None, float]:
+    """(magnitudes uint8 [128], rests int8 [128] or None, unit): the lower half of the levels is
+    -unit (magnitudes + rests / 254)."""
+    lower = -trellis_levels(tail)[:128].double()
     unit = lower.max().item() / 127
-    return (lower / unit).round().to(torch.uint8), unit
+    magnitudes = (lower / unit).round()
+    if unit**2 / 12 <= MAX_ROUNDING * TRELLIS_ERRORS[bits]:
+        return magnitudes.to(torch.uint8), None, unit
+    return magnitudes.to(torch.uint8), ((lower / unit - magnitudes) * 254).round().to(torch.int8), unit
 
 
 def _decode_trellis(p: PreparedProjection, codes: Tensor) -> Tensor:
@@ -182,8 +189,8 @@ def _integer_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProje
     """The codes' part of `_decode_products` into out, x rounded to 8 bits; int8 codewords or a trellis code."""
     sizes = len(x), len(out), p.out_features
     if p.trellis_bits:
-        magnitudes, unit = _trellis_magnitudes(p.tail)
-        pointers = (_address(t) for t in (p.codes, magnitudes, x, rows, experts, out))
+        magnitudes, rests, unit = _integer_levels(p.trellis_bits, p.tail)
+        pointers = (_address(t) for t in (p.codes, magnitudes, rests, x, rows, experts, out))
         code = ctypes.c_float(unit), ctypes.c_uint32(TRELLIS_MULTIPLIERS[p.trellis_bits])
         sizes = *sizes, p.in_features, p.trellis_bits, torch.get_num_threads()
         library().kbvq_integer_trellis_products(*pointers, *code, *_longs(*sizes))
@@ -207,22 +214,25 @@ def _float_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProject
 
 
 def _has_integers(p: PreparedProjection) -> bool:
-    """Whether what the codes stand for is served in 8 bits."""
-    if p.trellis_bits:
-        return p.tail <= MAX_INTEGER_TAIL[p.trellis_bits]
-    return p.words is not None
+    """Whether the codes stand for integers, or nearly so."""
+    return bool(p.trellis_bits) or p.words is not None
+
+
+def _has_rests(p: PreparedProjection) -> bool:
+    """Whether it takes 16 bits for each."""
+    return bool(p.trellis_bits) and _integer_levels(p.trellis_bits, p.tail)[1] is not None
 
 
 def most_tokens(dtype: torch.dtype, *projections: PreparedProjection) -> float:
     """Up to how many tokens of one expert are multiplied while decoding.
 
-    Products in integers are faster than those of floats with any number of tokens, unless the processor multiplies
-    tiles (AMX).
+    Products with integers of 8 bits are faster than those of floats with any number of tokens, unless the processor
+    multiplies tiles (AMX).
     """
     if library() is None:
         return 0
-    integers = dtype in (torch.bfloat16, torch.float16) and all(map(_has_integers, projections))
-    if integers and not torch.cpu._is_amx_tile_supported():
+    in_8_bits = all(_has_integers(p) and not _has_rests(p) for p in projections)
+    if in_8_bits and dtype in (torch.bfloat16, torch.float16) and not torch.cpu._is_amx_tile_supported():
         return math.inf
     return DECODE_TOKENS
 

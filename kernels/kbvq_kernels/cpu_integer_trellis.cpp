@@ -1,4 +1,5 @@
-// Products of experts packed by a trellis code with vectors in integers (integers.h); the levels are rounded to 8 bits.
+// Products of experts packed by a trellis code with vectors in integers (integers.h); the levels are rounded to 8 bits, or
+// to 16, as two numbers of 8.
 //
 // A level is found without memory. The window of 12 bits is multiplied in 16-bit lanes, and the high byte of the product
 // chooses: among 128 magnitudes in eight registers of 16, or with AVX-512 VBMI among 256 levels in four registers of 64.
@@ -13,7 +14,16 @@ typedef uint16_t Shorts __attribute__((vector_size(32)));
 // beginning. Rows are taken by tiles, each from a byte on.
 struct Levels {
     const uint8_t* magnitudes;  // 128, of the lowest level first; the upper levels have the same, last one first
+    const int8_t* rests;        // nothing, or in what FINE units more the magnitudes are
     uint32_t multiplier;
+    float unit;
+};
+
+const int FINE = 254;  // rests of at most half a unit have 8 bits
+
+// Where the weights of four columns go: [groups of rows][QUADS] from their quad on.
+struct Place {
+    Weights *weights, *rests;
 };
 
 #ifdef __AVX512VBMI__
@@ -24,9 +34,9 @@ struct Tile {
 };
 const long OVERHANG = 32;  // bytes that may be read from a tile's first on
 
-// SHIFT minus each of the 256 levels, in units.
-inline Choice shifted_levels(const uint8_t* magnitudes) {
-    const auto load = [&](int i) { return _mm512_loadu_si512(magnitudes + 64 * i); };
+// SHIFT minus each of the 256 levels, in units, or minus the rests.
+inline Choice shifted(const void* lower) {
+    const auto load = [&](int i) { return _mm512_loadu_si512((const uint8_t*)lower + 64 * i); };
     const __m512i shift = _mm512_set1_epi8(SHIFT), back = bytes_by([](int i) { return 63 - i; });
     Choice levels;
     for (int i = 0; i < 2; i++) {
@@ -36,11 +46,11 @@ inline Choice shifted_levels(const uint8_t* magnitudes) {
     return levels;
 }
 
-// Decodes four columns' tiles; out: [groups of rows][QUADS], from the quad of these columns on.
-template <int BITS>
-inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Weights* out) {
+// Decodes four columns' tiles.
+template <int BITS, bool RESTS>
+inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Place out) {
     typedef Tile<BITS> T;
-    const Choice shifted = shifted_levels(levels.magnitudes);
+    const Choice weights = shifted(levels.magnitudes), rests = shifted(RESTS ? (const void*)levels.rests : levels.magnitudes);
     const Windows<BITS> windows(levels.multiplier);
     // Eight bytes for each run of two columns; of two such the levels' numbers by row and column.
     const __m512i runs = bytes_by([](int i) { return i / 32 * 32 + i / 8 % 4 * (T::RUN * BITS / 8) + i % 8; });
@@ -52,8 +62,12 @@ inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, We
         };
         const __m512i left = columns(0), right = columns(2);
 #pragma GCC unroll 4
-        for (int four = 0; four < T::RUN / 4; four++, out += QUADS)
-            *out = shifted[_mm512_permutex2var_epi8(windows(left, 4 * four), in_rows, windows(right, 4 * four))];
+        for (int four = 0; four < T::RUN / 4; four++) {
+            const __m512i index = _mm512_permutex2var_epi8(windows(left, 4 * four), in_rows, windows(right, 4 * four));
+            const long place = (tile * (T::RUN / 4) + four) * QUADS;
+            out.weights[place] = weights[index];
+            if (RESTS) out.rests[place] = rests[index];
+        }
     }
 }
 
@@ -129,9 +143,9 @@ inline void tile_indices(const uint8_t* left, const uint8_t* right, uint32_t mul
     }
 }
 
-// Decodes four columns' tiles; out: [groups of rows][QUADS], from the quad of these columns on.
-template <int BITS>
-inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Weights* out) {
+// As above.
+template <int BITS, bool RESTS>
+inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Place out) {
     const long phases = Tile<BITS>::PHASES;
     Bytes indices[2 * phases];
     for (long tile = 0; tile < tiles; tile++) {
@@ -141,11 +155,16 @@ inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, We
 #pragma GCC unroll 1
         for (long i = 0; i < 2 * phases; i += 2) {
             const __m256i left = (__m256i)indices[i], right = (__m256i)indices[i + 1];
-            for (const __m256i half : {_mm256_unpacklo_epi16(left, right), _mm256_unpackhi_epi16(left, right)}) {
-                const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), half);
-                *out = {(Bytes)choose(levels.magnitudes, _mm256_xor_si256(half, upper)),
-                        (Bytes)_mm256_or_si256(upper, _mm256_set1_epi8(1))};
-                out += QUADS;
+            const __m256i halves[2] = {_mm256_unpacklo_epi16(left, right), _mm256_unpackhi_epi16(left, right)};
+            for (int half = 0; half < 2; half++) {
+                const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), halves[half]);
+                const __m256i index = _mm256_xor_si256(halves[half], upper), signs = _mm256_or_si256(upper, _mm256_set1_epi8(1));
+                const long place = (tile * 2 * phases + i + half) * QUADS;
+                out.weights[place] = {(Bytes)choose(levels.magnitudes, index), (Bytes)signs};
+                if (RESTS) {
+                    const __m256i rests = choose((const uint8_t*)levels.rests, index);
+                    out.rests[place] = {(Bytes)_mm256_abs_epi8(rests), (Bytes)_mm256_sign_epi8(rests, signs)};
+                }
             }
         }
     }
@@ -160,17 +179,22 @@ inline long row_of(long i) {
     return (lane / 4 * 8 + half * 4 + lane % 4) * Tile<BITS>::PHASES + phase;
 }
 #else
-template <int BITS>
-inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Weights* out) {
+template <int BITS, bool RESTS>
+inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Place out) {
+    const auto put = [](Weights& weights, long place, int weight) {
+        weights.magnitudes[place] = weight < 0 ? -weight : weight;
+        weights.signs[place] = weight < 0 ? -1 : 1;
+    };
     for (long row = 0; row < tiles * Tile<BITS>::ROWS; row++)
         for (long column = 0; column < 4; column++) {
             const uint8_t* bytes = p[column] + row * BITS / 8;
             const uint32_t word = bytes[0] | bytes[1] << 8 | bytes[2] << 16;
             const uint32_t index = (word >> row * BITS % 8 & 0xfff) * levels.multiplier >> 24;
-            Weights& weights = out[row / ROWS_AT_ONCE * QUADS];
-            const long place = row % ROWS_AT_ONCE * 4 + column;
-            weights.magnitudes[place] = levels.magnitudes[index < 128 ? index : 255 - index];
-            weights.signs[place] = index < 128 ? 1 : -1;
+            const uint32_t level = index < 128 ? index : 255 - index;
+            const int sign = index < 128 ? 1 : -1;
+            const long place = row % ROWS_AT_ONCE * 4 + column, vector = row / ROWS_AT_ONCE * QUADS;
+            put(out.weights[vector], place, sign * levels.magnitudes[level]);
+            if (RESTS) put(out.rests[vector], place, sign * levels.rests[level]);
         }
 }
 
@@ -212,12 +236,12 @@ constexpr int groups_at_once() {
 }
 
 // Rows first .. last - 1, of one panel, of the products with the tokens of a span. sums: of for_panels.
-template <int BITS>
-void trellis_block(const Span& span, const uint8_t* codes, const Levels& levels, float unit, long rows, long columns,
-                   long first, long last, float* sums) {
+template <int BITS, bool RESTS>
+void trellis_block(const Span& span, const uint8_t* codes, const Levels& levels, long rows, long columns, long first,
+                   long last, float* sums) {
     const long tiles = (last - first + Tile<BITS>::ROWS - 1) / Tile<BITS>::ROWS, bytes = rows * BITS / 8;
     const long size = tiles * Tile<BITS>::BYTES + OVERHANG, groups = tiles * (Tile<BITS>::ROWS / ROWS_AT_ONCE);
-    alignas(64) Weights panel[PANEL_ROWS / ROWS_AT_ONCE * QUADS];
+    alignas(64) Weights panels[1 + RESTS][PANEL_ROWS / ROWS_AT_ONCE * QUADS];
     for (long k = 0; k < columns; k += BLOCK) {
         const long quads = columns - k < BLOCK ? (columns - k + 3) / 4 : QUADS;
         for (long quad = 0; quad < quads; quad++) {
@@ -226,9 +250,11 @@ void trellis_block(const Span& span, const uint8_t* codes, const Levels& levels,
                 for (long line = 0; line < size; line += 64)
                     __builtin_prefetch(codes + c * bytes + first / 8 * BITS + line);
             const Streams<BITS> streams(codes, column, columns, bytes, first / 8 * BITS, size);
-            decode<BITS>(streams.begins, tiles, levels, panel + quad);
+            decode<BITS, RESTS>(streams.begins, tiles, levels, {panels[0] + quad, panels[RESTS] + quad});
         }
-        multiply_all<groups_at_once<BITS>()>(panel, groups, quads, span.inputs, span.count, k / BLOCK, unit, sums);
+        for (int part = 0; part < 1 + RESTS; part++)
+            multiply_all<groups_at_once<BITS>()>(panels[part], groups, quads, span.inputs, span.count, k / BLOCK,
+                                                 part ? levels.unit / FINE : levels.unit, sums);
     }
     for (long t = 0; t < span.count; t++)
         for (long i = 0; i < tiles * Tile<BITS>::ROWS; i += IN_ORDER) {
@@ -241,23 +267,24 @@ void trellis_block(const Span& span, const uint8_t* codes, const Levels& levels,
 }
 
 template <int BITS>
-void trellis_products(const uint8_t* codes, const Levels& levels, float unit, const std::vector<Span>& spans, long rows,
-                      long columns, long threads) {
+void trellis_products(const uint8_t* codes, const Levels& levels, const std::vector<Span>& spans, long rows, long columns,
+                      long threads) {
     for_panels(spans, rows, threads, [&](const Span& span, long first, long last, float* sums) {
-        const uint8_t* own = codes + span.expert * columns * (rows * BITS / 8);
-        trellis_block<BITS>(span, own, levels, unit, rows, columns, first, last, sums);
+        const auto block = levels.rests ? trellis_block<BITS, true> : trellis_block<BITS, false>;
+        block(span, codes + span.expert * columns * (rows * BITS / 8), levels, rows, columns, first, last, sums);
     });
 }
 
 }  // namespace
 
 // out[p, n] = <decode(codes[experts[p], :, n]), x[rows_of_x[p]]> with x [tokens, columns] rounded to 8 bits; experts must
-// be valid and ascending. magnitudes: of the lower half of the levels, in units, 0 to 127.
-extern "C" void kbvq_integer_trellis_products(const uint8_t* codes, const uint8_t* magnitudes, const float* x,
-                                              const int64_t* rows_of_x, const int64_t* experts, float* out, float unit,
-                                              uint32_t multiplier, long tokens, long pairs, long rows, long columns,
-                                              long bits, long threads) {
-    const Levels levels = {magnitudes, multiplier};
+// be valid and ascending. The lower half of the levels is -unit (magnitudes + rests / 254); magnitudes: 0 to 127; rests:
+// -127 to 127, or nothing.
+extern "C" void kbvq_integer_trellis_products(const uint8_t* codes, const uint8_t* magnitudes, const int8_t* rests,
+                                              const float* x, const int64_t* rows_of_x, const int64_t* experts, float* out,
+                                              float unit, uint32_t multiplier, long tokens, long pairs, long rows,
+                                              long columns, long bits, long threads) {
+    const Levels levels = {magnitudes, rests, multiplier, unit};
     const Tokens rounded(x, tokens, columns, threads);
     std::vector<Token> inputs;
     for (long p = 0; p < pairs; p++) inputs.push_back(rounded[rows_of_x[p]]);
@@ -269,5 +296,5 @@ extern "C" void kbvq_integer_trellis_products(const uint8_t* codes, const uint8_
                      : bits == 2 ? trellis_products<2>
                      : bits == 3 ? trellis_products<3>
                                  : trellis_products<4>;
-    run(codes, levels, unit, spans, rows, columns, threads);
+    run(codes, levels, spans, rows, columns, threads);
 }

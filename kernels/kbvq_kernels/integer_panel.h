@@ -27,8 +27,8 @@ inline void add(Sums& sums, Weights weights, __m512i inputs) {
 }
 
 inline void add_scaled(float* out, Sums sums, float scale) {
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_set1_ps(scale));
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), scaled));
+    const __m512 values = _mm512_cvtepi32_ps((__m512i)sums);
+    _mm512_storeu_ps(out, _mm512_fmadd_ps(values, _mm512_set1_ps(scale), _mm512_loadu_ps(out)));
 }
 
 // Weights of eight rows with their signs; half: of the vector's rows.
@@ -67,7 +67,11 @@ __attribute__((noinline)) void multiply(const Weights* panel, long groups, long 
     const int8_t* inputs[TOKENS];
     for (int t = 0; t < TOKENS; t++) inputs[t] = tokens[t].values + block * BLOCK;
     for (long group = 0; group < groups; group += GROUPS, panel += GROUPS * QUADS) {
-        Sums part[TOKENS][GROUPS] = {};
+        Sums part[TOKENS][GROUPS];
+#pragma GCC unroll 6
+        for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUPS; g++) part[t][g] = all_sums(-SHIFT * tokens[t].totals[block]);
         for (long quad = 0; quad < quads; quad++)
 #pragma GCC unroll 6
             for (int t = 0; t < TOKENS; t++) {
@@ -78,10 +82,9 @@ __attribute__((noinline)) void multiply(const Weights* panel, long groups, long 
 #pragma GCC unroll 6
         for (int t = 0; t < TOKENS; t++) {
             const float scale = -unit * tokens[t].scales[block];
-            const Sums shift = all_sums(SHIFT * tokens[t].totals[block]);
 #pragma GCC unroll 4
             for (int g = 0; g < GROUPS; g++)
-                add_scaled(sums + t * PANEL_ROWS + (group + g) * ROWS_AT_ONCE, part[t][g] - shift, scale);
+                add_scaled(sums + t * PANEL_ROWS + (group + g) * ROWS_AT_ONCE, part[t][g], scale);
         }
     }
 }

@@ -17,7 +17,7 @@ namespace {
 
 typedef int8_t Bytes __attribute__((vector_size(32), may_alias));
 
-const long BLOCK = 64;  // channels with one scale
+const long BLOCK = 32;  // channels with one scale
 
 struct Token {
     const int8_t* values;   // filled up with zeros to whole blocks

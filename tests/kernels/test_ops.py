@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_moe_equals_reference(decoder, name, num_tokens):
     assert error(kbvq_kernels.moe_forward(*arguments), expected) < 1e-6  # float32 sums of at most 56 terms
 
 
-def rounded_to_8_bits(x, block=64):
+def rounded_to_8_bits(x, block=32):
     """Rows in blocks of channels, each value a multiple of the block's largest over 127, float64."""
     blocks = F.pad(x, (0, -x.shape[1] % block)).unflatten(1, (-1, block))
     largest = blocks.abs().amax(-1, keepdim=True)
@@ -108,13 +109,18 @@ def rounded_to_8_bits(x, block=64):
     return values.flatten(1)[:, : x.shape[1]]
 
 
+def rounding_error(bits, tail):
+    """Of levels in 127ths of the largest, as part of the trellis code's own squared error."""
+    return (levels(tail).max().item() / 127) ** 2 / 12 / CODES["trellis"][bits].distortion
+
+
 def integer_weights(tensors, fields):
-    """Stored weights, float64; of a trellis code with its levels in 127ths of the largest."""
+    """Stored weights, float64; of a trellis code with its levels in 127ths of the largest, or in 254ths of that."""
     if fields["codebook"] != "trellis":
         return reference.dequantize(tensors, **fields)
     bits = fields["codebook_size"].bit_length() - 1
     codewords = reference.trellis_codewords(bits, fields["tail"]).double()
-    unit = codewords.abs().max() / 127
+    unit = codewords.abs().max() / 127 / (254 if rounding_error(bits, fields["tail"]) > cpu.MAX_ROUNDING else 1)
     values = ((codewords / unit).round() * unit)[reference.trellis_states(tensors["codes"], bits)]
     return values.transpose(1, 2) * tensors["scale"].double()[..., None]
 
@@ -185,15 +191,18 @@ def test_many_tokens_are_multiplied_in_integers_where_nothing_is_faster(name, mo
     assert cpu.most_tokens(torch.float32, *projections) == cpu.DECODE_TOKENS
 
 
-def test_levels_that_8_bits_hold_too_badly_are_multiplied_in_floats():
-    tensors, fields = random_projection(3, 544, 40, **FORMATS["far-trellis-4"])
+def test_levels_that_8_bits_hold_too_badly_have_16():
     x, experts = torch.randn(3, 40, generator=torch.Generator().manual_seed(4)), torch.arange(3)
-    expected = torch.einsum("pnk,pk->pn", stored_weights(tensors, fields), x.double()) + tensors["bias"].double()
-    assert error(cpu._decode_products(x, experts, experts, prepare(tensors, **fields), integers=True), expected) < 1e-6
-    for bits, largest in cpu.MAX_INTEGER_TAIL.items():
-        rounding = [(levels(tail).max().item() / 127) ** 2 / 12 for tail in (largest, largest + 2)]
-        allowed = 0.1 * CODES["trellis"][bits].distortion
-        assert rounding[0] < allowed and (rounding[1] > allowed or largest == structures.MAX_TAIL)
+    x = rounded_to_8_bits(x).float()
+    for name, most in (("trellis-3", 1e-2), ("far-trellis-4", 1e-4)):
+        tensors, fields = random_projection(3, 544, 40, **FORMATS[name])
+        expected = torch.einsum("pnk,pk->pn", stored_weights(tensors, fields), x.double()) + tensors["bias"].double()
+        found = cpu._decode_products(x, experts, experts, prepare(tensors, **fields), integers=True)
+        assert error(found, expected) < most
+    for bits, tail in itertools.product(cpu.TRELLIS_ERRORS, range(0, structures.MAX_TAIL + 1, 2)):
+        rests = cpu._integer_levels(bits, tail)[1]
+        assert (rests is None) == (rounding_error(bits, tail) <= cpu.MAX_ROUNDING)
+    assert {bits: code.distortion for bits, code in CODES["trellis"].items()} == cpu.TRELLIS_ERRORS
 
 
 @pytest.mark.parametrize("rows", [24, 328])  # part of what is decoded at once; several blocks and a part
