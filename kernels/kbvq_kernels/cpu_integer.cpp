@@ -44,18 +44,29 @@ inline Word word(const int8_t* table, long c) {
     return w;
 }
 
-// Codewords of the GROUP weights from vector v on, as they are in the table.
-template <int D, bool WIDE>
+// Whether gathers are faster than inserting, where the library has them; for panels they always are.
+inline bool gathers() {
+#ifdef __AVX512BF16__
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
+// Codewords of the GROUP weights from vector v on, as they are in the table. GATHER: those of 4 channels by a gather, where
+// there is such.
+template <int D, bool WIDE, bool GATHER>
 inline Bytes codewords(const uint8_t* row, long v, long plane, const int8_t* table) {
     if constexpr (D == 8) {
         const auto at = [&](long i) { return word<uint64_t>(table, code<WIDE>(row, v + i, plane)); };
         return (Bytes)Longs{at(0), at(1), at(2), at(3)};
-#ifdef __AVX512BF16__  // processors as new as this gather faster than they insert
-    } else if constexpr (D == 4 && !WIDE) {
-        const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + v)));
-        return (Bytes)_mm256_i32gather_epi32((const int*)table, codes, sizeof(int));
-#endif
     } else if constexpr (D == 4) {
+#ifdef __AVX512BF16__
+        if constexpr (!WIDE && GATHER) {
+            const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + v)));
+            return (Bytes)_mm256_i32gather_epi32((const int*)table, codes, sizeof(int));
+        }
+#endif
         const uint64_t eight = load<uint64_t>(row + v);
         const auto at = [&](long i) {  // half of the codes by shifts: loads are what there are too many of
             return word<uint32_t>(table, WIDE || i % 2 ? code<WIDE>(row, v + i, plane) : (long)(eight >> 8 * i & 255));
@@ -86,7 +97,7 @@ inline float total(Floats v) {
 }
 
 // Products of ROWS rows from `first` on with TOKENS vectors x.
-template <int D, bool WIDE, bool SIGNED, int ROWS, int TOKENS>
+template <int D, bool WIDE, bool SIGNED, bool GATHER, int ROWS, int TOKENS>
 void products(const Format& f, const Expert& e, const Token* x, long first, float* const* out) {
     Floats sums[ROWS][TOKENS] = {};
     const uint8_t* row[ROWS];
@@ -100,7 +111,7 @@ void products(const Format& f, const Expert& e, const Token* x, long first, floa
             Bytes inputs[TOKENS];
             for (int t = 0; t < TOKENS; t++) inputs[t] = load<Bytes>(x[t].values + g * GROUP);
             for (int r = 0; r < ROWS; r++) {
-                Bytes weights = codewords<D, WIDE>(row[r], g * (GROUP / D), f.plane, e.table);
+                Bytes weights = codewords<D, WIDE, GATHER>(row[r], g * (GROUP / D), f.plane, e.table);
                 Signs signs;
                 if constexpr (SIGNED) signs = signs_of(row[r] + f.plane + g * (GROUP / 8));
                 else signs = signs_of(weights), weights = absolute(weights);
@@ -130,21 +141,22 @@ void products(const Format& f, const Expert& e, const Token* x, long first, floa
         }
 }
 
-template <int D, bool WIDE, bool SIGNED, int TOKENS>
+template <int D, bool WIDE, bool SIGNED, bool GATHER, int TOKENS>
 void product_rows(const Format& f, const Expert& e, const Token* x, long first, long last, float* const* out) {
     const int rows = TOKENS == 1 && !WIDE ? 4 : 2;  // what registers hold
-    for (; first + rows <= last; first += rows) products<D, WIDE, SIGNED, rows, TOKENS>(f, e, x, first, out);
-    for (; first < last; first++) products<D, WIDE, SIGNED, 1, TOKENS>(f, e, x, first, out);
+    for (; first + rows <= last; first += rows)
+        products<D, WIDE, SIGNED, GATHER, rows, TOKENS>(f, e, x, first, out);
+    for (; first < last; first++) products<D, WIDE, SIGNED, GATHER, 1, TOKENS>(f, e, x, first, out);
 }
 
 // As many tokens as a run has, at most TOKENS.
-template <int D, bool WIDE, bool SIGNED, int TOKENS>
+template <int D, bool WIDE, bool SIGNED, bool GATHER, int TOKENS>
 void run_rows(const Run<Token>& run, const Format& f, const Expert& e, long first, long last) {
-    if (run.tokens == TOKENS) product_rows<D, WIDE, SIGNED, TOKENS>(f, e, run.inputs, first, last, run.outputs);
-    else if constexpr (TOKENS > 1) run_rows<D, WIDE, SIGNED, TOKENS - 1>(run, f, e, first, last);
+    if (run.tokens == TOKENS) product_rows<D, WIDE, SIGNED, GATHER, TOKENS>(f, e, run.inputs, first, last, run.outputs);
+    else if constexpr (TOKENS > 1) run_rows<D, WIDE, SIGNED, GATHER, TOKENS - 1>(run, f, e, first, last);
 }
 
-template <int D, bool WIDE>
+template <int D, bool WIDE, bool GATHER>
 void all_products(const Format& f, const Expert& bank, const std::vector<Run<Token>>& runs, bool per_expert,
                   long threads) {
     const long block = 32, blocks = (f.rows + block - 1) / block, count = (long)runs.size() * blocks;
@@ -155,10 +167,10 @@ void all_products(const Format& f, const Expert& bank, const std::vector<Run<Tok
         const Expert expert = expert_of<D>(f, bank, run.expert, per_expert);
         if constexpr (D > 2 && !WIDE)
             if (f.signs) {
-                run_rows<D, WIDE, true, MOST>(run, f, expert, first, last);
+                run_rows<D, WIDE, true, GATHER, MOST>(run, f, expert, first, last);
                 continue;
             }
-        run_rows<D, WIDE, false, MOST>(run, f, expert, first, last);
+        run_rows<D, WIDE, false, GATHER, MOST>(run, f, expert, first, last);
     }
 }
 
@@ -188,7 +200,7 @@ template <int D, bool WIDE, bool SIGNED>
 inline Bytes weights_of(const Format& f, const Expert& e, const uint8_t* row, long k) {
     const long columns = f.vectors * D;
     if (k + GROUP <= columns) {
-        const Bytes weights = codewords<D, WIDE>(row, k / D, f.plane, e.table);
+        const Bytes weights = codewords<D, WIDE, true>(row, k / D, f.plane, e.table);
         if constexpr (SIGNED) return with_signs(weights, signs_of(row + f.plane + k / 8));
         return weights;
     }
@@ -255,7 +267,10 @@ void all_panels(const Format& f, const Expert& bank, const std::vector<Span>& sp
 template <int D, bool WIDE>
 void all_pairs(const Format& f, const Expert& bank, const std::vector<Run<Token>>& runs, const std::vector<Span>& spans,
                bool per_expert, long threads) {
-    if (runs.size()) all_products<D, WIDE>(f, bank, runs, per_expert, threads);
+    if (runs.size()) {
+        const bool gather = D == 4 && !WIDE && gathers();
+        (gather ? all_products<D, WIDE, D == 4 && !WIDE> : all_products<D, WIDE, false>)(f, bank, runs, per_expert, threads);
+    }
     if (spans.size()) all_panels<D, WIDE>(f, bank, spans, per_expert, threads);
 }
 
