@@ -159,12 +159,12 @@ inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Pl
             for (int half = 0; half < 2; half++) {
                 const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), halves[half]);
                 const __m256i index = _mm256_xor_si256(halves[half], upper), signs = _mm256_or_si256(upper, _mm256_set1_epi8(1));
+                const auto signed_choice = [&](const void* of) {
+                    return (Bytes)_mm256_sign_epi8(choose((const uint8_t*)of, index), signs);
+                };
                 const long place = (tile * 2 * phases + i + half) * QUADS;
-                out.weights[place] = {(Bytes)choose(levels.magnitudes, index), (Bytes)signs};
-                if (RESTS) {
-                    const __m256i rests = choose((const uint8_t*)levels.rests, index);
-                    out.rests[place] = {(Bytes)_mm256_abs_epi8(rests), (Bytes)_mm256_sign_epi8(rests, signs)};
-                }
+                out.weights[place] = signed_choice(levels.magnitudes);
+                if (RESTS) out.rests[place] = signed_choice(levels.rests);
             }
         }
     }
@@ -181,10 +181,6 @@ inline long row_of(long i) {
 #else
 template <int BITS, bool RESTS>
 inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Place out) {
-    const auto put = [](Weights& weights, long place, int weight) {
-        weights.magnitudes[place] = weight < 0 ? -weight : weight;
-        weights.signs[place] = weight < 0 ? -1 : 1;
-    };
     for (long row = 0; row < tiles * Tile<BITS>::ROWS; row++)
         for (long column = 0; column < 4; column++) {
             const uint8_t* bytes = p[column] + row * BITS / 8;
@@ -193,8 +189,8 @@ inline void decode(const uint8_t* const* p, long tiles, const Levels& levels, Pl
             const uint32_t level = index < 128 ? index : 255 - index;
             const int sign = index < 128 ? 1 : -1;
             const long place = row % ROWS_AT_ONCE * 4 + column, vector = row / ROWS_AT_ONCE * QUADS;
-            put(out.weights[vector], place, sign * levels.magnitudes[level]);
-            if (RESTS) put(out.rests[vector], place, sign * levels.rests[level]);
+            out.weights[vector][place] = sign * levels.magnitudes[level];
+            if (RESTS) out.rests[vector][place] = sign * levels.rests[level];
         }
 }
 

@@ -37,9 +37,7 @@ inline void put(Weights& weights, long half, Bytes eight) {
     store((Bytes*)&weights + half, shift - eight);
 }
 #else
-struct Weights {
-    Bytes magnitudes, signs;
-};
+typedef Bytes Weights;
 typedef Ints Sums;
 const long ROWS_AT_ONCE = 8;
 const int SHIFT = 0;
@@ -48,15 +46,15 @@ const int TILE_TOKENS = 2;
 inline Sums all_sums(int32_t x) { return all(x); }
 inline Bytes four_inputs(const int8_t* values) { return (Bytes)all(load<int32_t>(values)); }
 
-inline void add(Sums& sums, const Weights& weights, Bytes inputs) {
-    sums = dot(sums, weights.magnitudes, with_signs(inputs, weights.signs));
+inline void add(Sums& sums, Weights weights, Bytes inputs) {
+    sums = dot(sums, absolute(weights), with_signs(inputs, weights));
 }
 
 inline void add_scaled(float* out, Sums sums, float scale) {
     store(out, load<Floats>(out) + __builtin_convertvector(sums, Floats) * scale);
 }
 
-inline void put(Weights& weights, long, Bytes eight) { weights = {absolute(eight), -eight}; }
+inline void put(Weights& weights, long, Bytes eight) { weights = -eight; }
 #endif
 
 // Products of `groups` vectors of rows, a multiple of GROUPS, with TOKENS tokens, `unit` each, added to sums [tokens]
