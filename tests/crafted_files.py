@@ -4,11 +4,11 @@
 
 Packed checkpoints of a tiny model, one for each code format, are damaged at random, in their bytes, headers, tensors,
 formats and index. Each is described (`inspect_checkpoint`), loaded and, if that is not refused, run: with few and with
-many tokens an expert, and in plain torch. One in WHOLE is loaded by transformers, the others by what transformers calls
-of kbvq and then by safetensors, which takes a tenth of the time. A file must be refused by a KbvqError, or by
-transformers or safetensors themselves before kbvq is asked, or run; any other exception is a fault, and so is what
-AddressSanitizer finds, with which the C++ part is compiled: the script starts itself again with the sanitizer's library
-loaded, so that tensors are watched too.
+many tokens an expert, in integers and in floats, and in plain torch. One in WHOLE is loaded by transformers, the
+others by what transformers calls of kbvq and then by safetensors, which takes a tenth of the time. A file must be
+refused by a KbvqError, or by transformers or safetensors themselves before kbvq is asked, or run; any other exception
+is a fault, and so is what AddressSanitizer finds, with which the C++ part is compiled: the script starts itself again
+with the sanitizer's library loaded, so that tensors are watched too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import itertools
 import json
 import os
 import random
@@ -57,6 +58,7 @@ FORMATS = {
     },
     "rq-moe": {"codebook": "rq-moe", "vector_dim": 8, "num_stages": 2, "codebook_dtype": "int8", "has_scale": True},
     "trellis": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 4, "has_scale": True, "tail": 9},
+    "trellis, 4 bits": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 16, "has_scale": True, "tail": 30},
 }  # fmt: skip
 """Options of both projections; None stands for one codebook per expert."""
 
@@ -271,9 +273,9 @@ def outcome(folder: Path, load: Callable[[Path], PreTrainedModel]) -> str:
         for module in model.modules():
             if isinstance(module, PackedBankModule):
                 hidden = module.projection_format("gate_up_proj").in_features
-                for tokens in (1, 40):
+                for tokens, dtype in itertools.product((1, 40), (torch.float32, torch.bfloat16)):
                     index = torch.arange(2 * tokens).view(tokens, 2) % module.num_experts
-                    module(torch.randn(tokens, hidden), index, torch.ones(tokens, 2))
+                    module(torch.randn(tokens, hidden, dtype=dtype), index, torch.ones(tokens, 2, dtype=dtype))
                 module.expert_weights(module.num_experts - 1, torch.float32)
     return "ran"
 
