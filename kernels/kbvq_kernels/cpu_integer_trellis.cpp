@@ -26,7 +26,7 @@ struct Place {
     Weights *weights, *rests;
 };
 
-#ifdef __AVX512VBMI__
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 // A tile is four runs of rows; the windows of a run lie in eight bytes.
 template <int BITS>
 struct Tile {
