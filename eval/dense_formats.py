@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from drawn_windows import TEXT, drawn_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,7 +23,6 @@ from kbvq.method.error_feedback import upper_factor
 from kbvq.method.projection import quantize_projection
 from kbvq.method.rate_distortion import weighted_error
 from kbvq.models.calibration import WatchedLinears
-from kbvq.models.calibration_text import calibration_windows
 from kbvq.models.ranks import ONE
 from kbvq.quantization.dense import tied_moment
 from kbvq.recipes import dense_format, make_recipe
@@ -33,7 +33,6 @@ from kbvq_eval.windows import text_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "models" / "tiny-qwen3-moe"
-TEXT = ROOT / "tests" / "data" / "calibration.txt"
 UNSEEN = ROOT / "tests" / "data" / "validation.txt"
 WINDOWS, WINDOW = 32, 256
 SHARES = (0, 1, 3, 10, 30)
@@ -114,10 +113,7 @@ def tied_lines(model: PreTrainedModel, moment: Tensor, tokens: Tensor) -> list[s
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    text = [TEXT.read_text(encoding="utf-8")]
-    tokens = calibration_windows(
-        text, tokenizer, samples=WINDOWS, sequence_length=WINDOW, seed=0, vocab_size=len(tokenizer)
-    )
+    tokens = drawn_windows(tokenizer, WINDOWS, length=WINDOW)
     linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
     with WatchedLinears(linears) as watched:
         for part in tokens.split(8):

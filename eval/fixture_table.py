@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from readme_tables import write_table
+from readme_tables import SCORES, score_cells, write_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kbvq
@@ -169,7 +169,7 @@ def markdown(results: list[dict], versions: dict[str, str]) -> str:
     ]
     for bits, label in dict.fromkeys((result["bits"], result["label"]) for result in results):
         runs = [result for result in results if (result["bits"], result["label"]) == (bits, label)]
-        mean = {name: statistics.mean(run[name] for run in runs) for name in _SHOWN}
+        mean = {name: statistics.mean(run[name] for run in runs) for name in SCORES}
         spread = f" ({min(r['kl'] for r in runs):.5f}–{max(r['kl'] for r in runs):.5f})" if len(runs) > 1 else ""
         above = statistics.mean(value for run in runs for value in run["bits_above_limit_by_projection"])
         lines.append(
@@ -215,22 +215,9 @@ def readme_table(results: list[dict]) -> str:
         cells = [label]
         for bits in (2, 3):
             runs = [result for result in results if (result["bits"], result["label"]) == (bits, label)]
-            mean = {name: statistics.mean(run[name] for run in runs) for name in _SHOWN} if runs else None
-            cells += (
-                [
-                    f"{mean['bits_per_weight']:.2f}",
-                    f"{mean['kl']:.4f}",
-                    f"{mean['delta_nll']:.4f} ± {mean['delta_nll_stderr']:.4f}",
-                    f"{100 * mean['agreement']:.1f} %",
-                ]
-                if mean
-                else ["–"] * 4
-            )
+            cells += score_cells(runs, 4)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-_SHOWN = ("bits_per_weight", "kl", "delta_nll", "delta_nll_stderr", "agreement")
 
 
 def main() -> None:

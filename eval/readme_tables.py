@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+SCORES = ("bits_per_weight", "kl", "delta_nll", "delta_nll_stderr", "agreement")
+
+
+def score_cells(runs: list[dict], digits: int) -> list[str]:
+    """True bits, KL, ΔNLL ± s.e. and top-1 agreement, means over seeds; dashes where there are no runs."""
+    if not runs:
+        return ["–"] * 4
+    bits, kl, nll, error, agreement = (statistics.fmean(run[score] for run in runs) for score in SCORES)
+    return [f"{bits:.2f}", f"{kl:.{digits}f}", f"{nll:.{digits}f} ± {error:.{digits}f}", f"{100 * agreement:.1f} %"]
 
 
 def write_table(name: str, table: str, readme: Path = README) -> None:

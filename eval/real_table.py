@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from readme_tables import write_table
+from readme_tables import score_cells, write_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kbvq
@@ -223,13 +223,7 @@ def readme_table(rows: list[dict]) -> str:
                 continue
             cells = [description, name]
             for runs in found.values():
-                if not runs:
-                    cells += ["–"] * 4
-                    continue
-                mean = {score: statistics.fmean(run[score] for run in runs) for score in (*SCORES, "bits_per_weight")}
-                bits, kl, nll = (mean[score] for score in ("bits_per_weight", "kl", "delta_nll"))
-                accuracy = f"{100 * mean['agreement']:.1f} %"
-                cells += [f"{bits:.2f}", f"{kl:.3f}", f"{nll:.3f} ± {mean['delta_nll_stderr']:.3f}", accuracy]
+                cells += score_cells(runs, 3)
             lines.append("| " + " | ".join(cells) + " |")
             description = ""
     return "\n".join(lines)
