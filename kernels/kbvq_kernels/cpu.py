@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ DECODE_TOKENS = 16
 above, its rows are decoded once for F.linear."""
 
 PAIRS_AT_ONCE = 1024
-"""Tokens of experts that are multiplied by one call, unless a single expert has more: bounds what lies between."""
+"""Tokens of experts that are multiplied by one call: bounds the memory of what lies between."""
 
 MAX_ROUNDING = 0.01
 """Levels of a trellis code are rounded to 8 bits where that costs at most so much of the code's own squared error, else
@@ -237,18 +236,6 @@ def most_tokens(dtype: torch.dtype, *projections: PreparedProjection) -> float:
     return DECODE_TOKENS
 
 
-def _calls(pairs_of: dict[int, list[int]], experts: list[int]) -> Iterator[list[int]]:
-    """The experts in turn, as many as have PAIRS_AT_ONCE pairs together, but at least one."""
-    together: list[int] = []
-    for e in experts:
-        if together and sum(len(pairs_of[other]) for other in (*together, e)) > PAIRS_AT_ONCE:
-            yield together
-            together = []
-        together.append(e)
-    if together:
-        yield together
-
-
 def _decode_products(x: Tensor, rows: Tensor, experts: Tensor, p: PreparedProjection, integers: bool) -> Tensor:
     """W_e x + b_e of every pair, float32 [P, N]; x float32 [., K], rows [P] of x, experts valid ascending int64 [P].
 
@@ -330,9 +317,9 @@ def moe_forward(
     y = torch.zeros(x.shape[0], down.out_features)
 
     x_float = x.float().contiguous() if few else x
-    for together in _calls(pairs_of, few):
-        pairs = torch.tensor([pair for e in together for pair in pairs_of[e]])
-        hit = torch.tensor([e for e in together for _ in pairs_of[e]])
+    in_turn = [(pair, e) for e in few for pair in pairs_of[e]]
+    for first in range(0, len(in_turn), PAIRS_AT_ONCE):
+        pairs, hit = torch.tensor(in_turn[first : first + PAIRS_AT_ONCE]).T.contiguous()
         tokens = pairs // top_k
         gate, up = _decode_products(x_float, tokens, hit, gate_up, integers).chunk(2, -1)
         h = (act(gate) * up).contiguous()

@@ -167,7 +167,7 @@ def test_integer_products_are_exact_but_for_the_rounding_of_x(name, in_features,
 
 @pytest.mark.parametrize("name", ["signed-d8-int8", "trellis-2"])
 def test_many_tokens_are_multiplied_in_integers_where_nothing_is_faster(name, monkeypatch):
-    """In one call and in several, of whole experts."""
+    """In one call and in several."""
     arguments, plain = moe_case(FORMATS[name], 60, dtype=torch.bfloat16)
     index, projections, called, products = arguments[1], arguments[3:5], [], cpu._decode_products
     hit, counts = (found.tolist() for found in index[index < 5].unique(return_counts=True))
@@ -183,7 +183,7 @@ def test_many_tokens_are_multiplied_in_integers_where_nothing_is_faster(name, mo
     assert 1e-3 < error(whole, plain) < 2e-2  # rounded to 8 bits
     called.clear()
     monkeypatch.setattr(cpu, "PAIRS_AT_ONCE", counts[0] + counts[1])
-    assert torch.equal(kbvq_kernels.moe_forward(*arguments), whole)
+    assert error(kbvq_kernels.moe_forward(*arguments), whole.double()) < 1e-3  # some sums in another order
     assert [experts for experts, _ in called[:2]] == [hit[:2]] * 2 and len(called) > 2
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert cpu.most_tokens(torch.bfloat16, *projections) == cpu.DECODE_TOKENS < min(counts)
