@@ -21,6 +21,7 @@ from kbvq_kernels import cpu
 
 TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "validation.txt"
 
+
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, window: Tensor) -> Tensor:
     return model(window[None], use_cache=False).logits.float().log_softmax(-1)[0]

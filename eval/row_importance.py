@@ -99,7 +99,9 @@ def measure_model(folder: Path, windows: int) -> list[Row]:
                 of_down = moments[bank]["down_proj"]
                 expert = int(of_down.tokens.argmax())
                 weight = module.weights["gate_up_proj"][expert]
-                found.append(measure(bank.path, weight, importance[bank][expert], of_down.upper_sum[expert].diagonal()))
+                found.append(
+                    measure(bank.path, weight, importance[bank].rows[expert], of_down.upper_sum[expert].diagonal())
+                )
             states = outputs
     return found
 

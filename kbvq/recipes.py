@@ -112,6 +112,7 @@ class Recipe:
     sampling_damping: added beside it, in medians of the diagonal, is so many times channels / tokens of the expert: the
         fewer tokens, the less their correlations are those of other text.
     routing_weighted: a token counts in the moments by its squared routing weight.
+    expert_rates: let a budget give experts of a bank different rates, those of one rate being a tier (planning).
     row_importance: how far the bits of a trellis code follow what an error in each output of gate and up costs
         (quantization.row_importance), as a power of it: 0 for not at all, 1 for in full.
     matching: code the weights that give the original's outputs on the quantized model's inputs, instead of the original
@@ -145,6 +146,7 @@ class Recipe:
     damping: float = 0.01
     sampling_damping: float = 0.0
     routing_weighted: bool = False
+    expert_rates: bool = False
     row_importance: float = 0.0
     matching: bool = False
     tuning_steps: int = 0
@@ -188,6 +190,8 @@ class Recipe:
             raise ConfigError("column scales are made for error feedback; switch both on or both off")
         if self.codebook == "trellis" and not self.error_feedback:
             raise ConfigError("codebook trellis needs error feedback; choose the recipe fast, default or best")
+        if self.expert_rates and self.budget and self.tuning_steps:
+            raise ConfigError("tuning_steps do not know rates per expert; set expert_rates=false, or tuning_steps=0")
         if self.codebook_scope not in ("expert", "bank"):
             raise ConfigError(f"codebook_scope must be expert or bank, not {self.codebook_scope!r}")
         if self.factor_dtype not in ("float16", "int8"):
@@ -296,13 +300,16 @@ _FAST: dict[str, object] = {
     "kmeans_iterations": 20,
     "max_vectors_per_codeword": 64,
     "prior_tokens": 64.0,
+    "expert_rates": True,
 }
+
+_DEFAULT: dict[str, object] = _FAST | {"codebook": "trellis", "row_importance": 0.7}
 
 _RECIPES: dict[str, dict[str, object]] = {
     "paper": {},
     "fast": _FAST,
-    "default": _FAST | {"codebook": "trellis", "row_importance": 0.7},
-    "best": _FAST | {"codebook": "trellis", "row_importance": 0.7, "distillation_steps": 60},
+    "default": _DEFAULT,
+    "best": _DEFAULT | {"distillation_steps": 60},
 }
 
 RECIPE_NAMES = tuple(_RECIPES)
@@ -312,9 +319,10 @@ def make_recipe(name: str, bits: float, **changes: object) -> Recipe:
     """The recipe of that name at `bits`, with single fields replaced by `changes`.
 
     "paper": KBVQ-MoE as published. "fast": a bit budget, one codebook with sign bits per bank and projection, row
-    scales, second-order error feedback, output correction, and where it pays a shared basis. "default": that with a
-    trellis code instead of the codebook, whose bits go where an error costs most. "best": that, and end-to-end tuning
-    on the original model's predictions. Raises ConfigError on an unknown name or an unsupported value.
+    scales, second-order error feedback, output correction, and where it pays rates per expert and a shared basis.
+    "default": that with a trellis code instead of the codebook, whose bits go to the rows where an error costs most.
+    "best": that, and end-to-end tuning on the original model's predictions. Raises ConfigError on an unknown name or an
+    unsupported value.
     """
     if name not in _RECIPES:
         raise ConfigError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPE_NAMES)}")

@@ -3,7 +3,8 @@
 Everything here is a frozen dataclass with the shape and dtype of each tensor stated. Weights are
 `[out_features, in_features]`. A *bank* is a group of experts that see the same input and are packed
 together: the routed experts of one layer, or one shared expert (a bank of one). A bank has two
-*projections*: `gate_up_proj` (gate rows first, then up rows) and `down_proj`.
+*projections*: `gate_up_proj` (gate rows first, then up rows) and `down_proj`. Where its experts have
+different rates, those of the same rates are a *tier*, and stored as a bank of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 MakeZeros = Callable[..., Tensor]
 """Makes a float32 tensor of zeros; called as torch.zeros is, with its shape and device=."""
+
+TIERS = "tiers"
+"""Under a bank's path, where the tiers behind its first one are."""
 
 WEIGHT = "weight"
 """Name of the only projection of a matrix outside the banks."""
@@ -314,19 +318,28 @@ class PackedProjection:
 
 @dataclass(frozen=True)
 class BankFormat:
-    """One packed bank of a checkpoint, as `config.json` records it.
+    """One packed bank of a checkpoint, or one tier of it, as `config.json` records it.
 
-    path: module path in the transformers model, e.g. "model.layers.3.mlp.experts".
+    path: module path in the transformers model, e.g. "model.layers.3.mlp.experts"; of the tiers behind a bank's first
+        one, `tier_path`.
     kind: "routed" (called with hidden states, expert indices and routing weights) or "shared" (called
         with hidden states alone).
+    experts: of a tier, the experts of the bank that it holds, in ascending order; () for all of them.
     """
 
     path: str
     kind: str
     gate_up_proj: ProjectionFormat
     down_proj: ProjectionFormat
+    experts: tuple[int, ...] = ()
+
+    @property
+    def bank(self) -> str:
+        """Module path in the original model of the bank that it is, or is a tier of."""
+        return bank_path(self.path)
 
     def __post_init__(self) -> None:
+        self._check_experts()
         if not isinstance(self.path, str) or not all(part for part in self.path.split(".")):
             raise ConfigError(f"a bank's path must name a module of the model, not {self.path!r}")
         if self.kind not in ("routed", "shared"):
@@ -335,6 +348,15 @@ class BankFormat:
             raise ConfigError(
                 f"{self.path}: column scales of down_proj need row scales of gate_up_proj to be folded into"
             )
+
+    def _check_experts(self) -> None:
+        experts = self.experts
+        if not isinstance(experts, tuple) or not all(type(expert) is int and expert >= 0 for expert in experts):
+            raise ConfigError(f"{self.path}: experts must be a list of their numbers, not {experts!r}")
+        if list(experts) != sorted(set(experts)):
+            raise ConfigError(f"{self.path}: experts must be in ascending order, each once, not {experts}")
+        if experts and {len(experts)} != {self.gate_up_proj.num_experts, self.down_proj.num_experts}:
+            raise ConfigError(f"{self.path}: its projections do not have the {len(experts)} experts that it lists")
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Every stored tensor by its name in the checkpoint.
@@ -349,14 +371,18 @@ class BankFormat:
         }
 
     def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
+        """JSON-ready; `experts` of tiers alone, so that earlier versions read banks that have none."""
+        fields = dataclasses.asdict(self)
+        experts = list(fields.pop("experts"))
+        return fields | ({"experts": experts} if experts else {})
 
     @classmethod
     def from_dict(cls, data: dict) -> BankFormat:
         """Inverse of `to_dict`; raises ConfigError on unknown or missing fields."""
         try:
             projections = {name: ProjectionFormat(**data[name]) for name in PROJECTIONS}
-            return cls(**{**data, **projections})
+            experts = data.get("experts", ())
+            return cls(**{**data, **projections, "experts": tuple(experts) if isinstance(experts, list) else experts})
         except (TypeError, KeyError) as error:
             raise ConfigError(f"quantization_config describes a bank this version cannot read: {error}") from error
 
@@ -369,14 +395,15 @@ class PackedBank:
     kind: str
     gate_up_proj: PackedProjection
     down_proj: PackedProjection
+    experts: tuple[int, ...] = ()
 
     @property
     def format(self) -> BankFormat:
-        return BankFormat(self.path, self.kind, self.gate_up_proj.format, self.down_proj.format)
+        return BankFormat(self.path, self.kind, self.gate_up_proj.format, self.down_proj.format, self.experts)
 
     def to(self, device: torch.device | str) -> PackedBank:
         """The same bank with its tensors on `device`."""
-        return PackedBank(self.path, self.kind, self.gate_up_proj.to(device), self.down_proj.to(device))
+        return PackedBank(self.path, self.kind, self.gate_up_proj.to(device), self.down_proj.to(device), self.experts)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The stored tensors by their names in the checkpoint."""
@@ -393,7 +420,7 @@ class PackedBank:
             projection: PackedProjection.from_tensors(getattr(format, projection), format.path, projection, tensors)
             for projection in PROJECTIONS
         }
-        return cls(format.path, format.kind, **packed)
+        return cls(format.path, format.kind, **packed, experts=format.experts)
 
 
 @dataclass(frozen=True)
@@ -460,6 +487,25 @@ class PackedMatrix:
     def from_tensors(cls, format: MatrixFormat, tensors: Mapping[str, Tensor]) -> PackedMatrix:
         """Inverse of `state_dict`, from the tensors of many matrices."""
         return cls(format, PackedProjection.from_tensors(format.weight, format.path, WEIGHT, tensors))
+
+
+def tier_path(bank: str, place: int) -> str:
+    """Module path of a tier of the bank at that path: the first one is in its place, the others below it."""
+    return f"{bank}.{TIERS}.{place - 1}" if place else bank
+
+
+def bank_path(path: str) -> str:
+    """Module path of the bank that has a tier at `path`, or is there itself."""
+    return path.partition(f".{TIERS}.")[0]
+
+
+def check_tiers(bank: str, num_experts: int, tiers: Sequence[BankFormat]) -> None:
+    """Raises ConfigError unless these are the tiers of that bank in their order, and each expert is in one of them."""
+    if [tier.path for tier in tiers] != [tier_path(bank, place) for place in range(len(tiers))]:
+        raise ConfigError(f"{bank}: its tiers are at {', '.join(tier.path for tier in tiers)}, not one below the other")
+    held = sorted(expert for tier in tiers for expert in tier.experts or range(tier.gate_up_proj.num_experts))
+    if held != list(range(num_experts)):
+        raise ConfigError(f"{bank}: its tiers do not hold each of the {num_experts} experts once")
 
 
 def buffer_name(projection: str, name: str) -> str:
@@ -591,6 +637,32 @@ class InputMoments:
             (prior * self.pooled_second_moment()).add_(self.outer_sum[expert]).div_(total),
             (self.input_sum[expert] + prior * self.pooled_mean()) / total,
         )
+
+
+@dataclass(frozen=True)
+class TierMoments:
+    """The moments of some experts of a bank, numbered anew; pooled ones, and what experts are shrunk toward, are those
+    of the whole bank. No sum is copied."""
+
+    whole: InputMoments
+    experts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.whole.tokens[list(self.experts)]
+
+    @property
+    def mass(self) -> Tensor:
+        return self.whole.mass[list(self.experts)]
+
+    def pooled_second_moment(self) -> Tensor:
+        return self.whole.pooled_second_moment()
+
+    def expert_moments(self, expert: int, prior_tokens: float) -> tuple[Tensor, Tensor]:
+        return self.whole.expert_moments(self.experts[expert], prior_tokens)
+
+
+Moments = InputMoments | TierMoments
 
 
 def blocks(n: int, size: int) -> list[slice]:

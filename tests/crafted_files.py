@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from packed_banks import random_bank, write_packed
+from packed_banks import random_bank, random_projection, write_packed
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 from torch import nn
@@ -43,6 +44,7 @@ from kbvq.models.moe_adapters import find_expert_banks
 from kbvq.serving.hf import KbvqConfig, KbvqQuantizer
 from kbvq.serving.packed_experts import PackedBankModule
 from kbvq.storage.checkpoint import inspect_checkpoint
+from kbvq.structures import PROJECTIONS, PackedBank, tier_path
 from kbvq_kernels import build, cpu
 
 FORMATS = {
@@ -58,6 +60,7 @@ FORMATS = {
     },
     "rq-moe": {"codebook": "rq-moe", "vector_dim": 8, "num_stages": 2, "codebook_dtype": "int8", "has_scale": True},
     "trellis": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 4, "has_scale": True, "tail": 9},
+    "trellis, in tiers": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 8, "has_scale": True},
     "trellis, 4 bits": {"codebook": "trellis", "vector_dim": 1, "codebook_size": 16, "has_scale": True, "tail": 30},
 }  # fmt: skip
 """Options of both projections; None stands for one codebook per expert."""
@@ -86,9 +89,25 @@ def make_checkpoints(root: Path) -> dict[str, Path]:
             own = {field: bank.num_experts if value is None else value for field, value in options.items()}
             sizes = bank.num_experts, bank.hidden_size, bank.intermediate_size
             banks.append(random_bank(bank.path, bank.kind, *sizes, seed=10 * seed + number, **own))
+            if name.endswith("in tiers"):
+                banks[-1:] = in_two_tiers(banks[-1])
         folders[name] = root / name
         write_packed(source, folders[name], model, banks)
     return folders
+
+
+def in_two_tiers(bank: PackedBank) -> list[PackedBank]:
+    """Its experts, even ones and odd ones apart, with contents of their own."""
+    tiers = []
+    for place in range(2):
+        path = tier_path(bank.path, place)
+        experts = tuple(range(place, bank.gate_up_proj.format.num_experts, 2))
+        projections = {}
+        for seed, name in enumerate(PROJECTIONS):
+            format = dataclasses.replace(getattr(bank, name).format, num_experts=len(experts))
+            projections[name], _ = random_projection(format, seed=100 + 2 * place + seed)
+        tiers.append(PackedBank(path, bank.kind, **projections, experts=experts))
+    return tiers
 
 
 class File:
@@ -274,7 +293,8 @@ def outcome(folder: Path, load: Callable[[Path], PreTrainedModel]) -> str:
             if isinstance(module, PackedBankModule):
                 hidden = module.projection_format("gate_up_proj").in_features
                 for tokens, dtype in itertools.product((1, 40), (torch.float32, torch.bfloat16)):
-                    index = torch.arange(2 * tokens).view(tokens, 2) % module.num_experts
+                    experts = getattr(module, "bank_experts", module.num_experts)  # of all its tiers
+                    index = torch.arange(2 * tokens).view(tokens, 2) % experts
                     module(torch.randn(tokens, hidden, dtype=dtype), index, torch.ones(tokens, 2, dtype=dtype))
                 module.expert_weights(module.num_experts - 1, torch.float32)
     return "ran"

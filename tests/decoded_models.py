@@ -14,10 +14,16 @@ from kbvq.structures import PROJECTIONS
 def write_decoded_(original: Any, packed: PackedBankModule) -> None:
     """Put the decoded weights of a bank into the module that it was made from, in that module's own layout."""
     decoded, biases = {}, {}
+    parts = [packed, *getattr(packed, "tiers", ())]
     for name in PROJECTIONS:
-        format, tensors = packed.projection_format(name), packed.projection_tensors(name)
-        decoded[name] = torch.stack([dequantize_expert(format, tensors, e) for e in range(packed.num_experts)])
-        biases[name] = tensors["bias"] if format.has_bias else None
+        weights, bias = {}, {}
+        for part in parts:
+            format, tensors = part.projection_format(name), part.projection_tensors(name)
+            for place, expert in enumerate(part.format.experts or range(part.num_experts)):
+                weights[expert] = dequantize_expert(format, tensors, place)
+                bias[expert] = tensors["bias"][place] if format.has_bias else None
+        decoded[name] = torch.stack([weights[expert] for expert in sorted(weights)])
+        biases[name] = None if bias[0] is None else torch.stack([bias[expert] for expert in sorted(bias)])
     gate_up, down = decoded["gate_up_proj"], decoded["down_proj"]
     if isinstance(getattr(original, "gate_proj", None), nn.Linear):
         gate, up = gate_up[0].chunk(2)

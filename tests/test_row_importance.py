@@ -19,7 +19,7 @@ def measured(**changes):
     layer, bank, run, teacher, _, observed, outputs, _, original = setting()
     observed[bank].set_("gate_up_proj", original[bank]["gate_up_proj"], None)
     importance = row_importance(run, teacher, token_weights(outputs), observed, replace(FULL, **changes))[bank]
-    return importance, layer, bank, run, teacher, observed, token_weights(outputs)
+    return importance.rows, layer, bank, run, teacher, observed, token_weights(outputs)
 
 
 def test_slopes_are_those_of_the_gating():
@@ -106,8 +106,8 @@ def test_codes_of_single_rows_have_no_use_for_it():
 def test_tokens_of_a_bank_that_gets_others_than_the_layer_count_alike():
     """As in Llama 4, whose experts are called with the routed tokens one expert after the other."""
     _, _, bank, run, teacher, observed, weights = measured()
-    plain = row_importance(run, teacher, torch.ones_like(weights), observed, FULL)[bank]
+    plain = row_importance(run, teacher, torch.ones_like(weights), observed, FULL)[bank].rows
     assert not torch.allclose(measured()[0], plain)
     twice = torch.cat([weights, weights], 1)  # as many weights as the layer has tokens, which are not the bank's
-    found = row_importance(run, teacher, twice, observed, FULL)[bank]
+    found = row_importance(run, teacher, twice, observed, FULL)[bank].rows
     torch.testing.assert_close(found, plain)

@@ -146,7 +146,7 @@ def test_bias_share_is_the_constant_part_of_the_error():
 
 def test_predictions_follow_the_power_law_through_the_probes():
     growth = {(1, 0): 8.0, (2, 0): 1.0, (3, 0): 0.25, (4, 0): 0.0625, (2, 4): 0.5}
-    energies = Energies({2: 1.0, 3: 0.25}, growth, 0.0)
+    energies = Energies({2: 1.0, 3: 0.25}, growth, 0.0, (0.75, 0.25))
     proportional = Sensitivity({2: 0.04, 3: 0.01}, energies)
     saturated = Sensitivity({2: 0.04, 3: 0.02}, energies)  # grows as the root of the energy
     for sensitivity, exponent in ((proportional, 1.0), (saturated, 0.5)):
@@ -156,6 +156,9 @@ def test_predictions_follow_the_power_law_through_the_probes():
             expected = sensitivity.divergences[of_probe] * energy**exponent
             assert abs(sensitivity.predict(bits, 0, bias=False) - expected) < 1e-9
         assert abs(sensitivity.predict(2, 4, bias=False) - 0.04 * 0.5**exponent) < 1e-9
+    # Experts of different rates add up what each would give by its share.
+    mixed = proportional.predict({2: 0.75, 3: 0.25}, 0, bias=False)
+    assert abs(mixed - (0.75 * 0.04 + 0.25 * 0.01)) < 1e-9
     # Two probes are a sample: what they say is kept within bounds, and nothing measured means nothing predicted.
     assert Sensitivity({2: 0.04, 3: 0.05}, energies).exponent == EXPONENTS[0]
     assert Sensitivity({2: 0.9, 3: 0.001}, energies).exponent == EXPONENTS[1]

@@ -141,6 +141,13 @@ def test_packed_shared_experts_and_matrices_are_refused(plugin, tmp_path):
         plugin.from_config(quantization | {"dense": [matrix.to_dict()]})
 
 
+def test_rates_per_expert_are_refused(plugin, tmp_path):
+    quantization = write(tmp_path)[1]
+    quantization["banks"][0]["experts"] = list(range(8))
+    with pytest.raises(UnsupportedModelError, match=rf"{PATHS[0]} have rates of their own.*expert_rates=false"):
+        plugin.from_config(quantization)
+
+
 def test_config_of_another_version_is_refused(plugin, tmp_path):
     with pytest.raises(ConfigError, match="format version 99"):
         plugin.from_config(write(tmp_path)[1] | {"format_version": 99})

@@ -31,7 +31,7 @@ class KbvqVllmConfig(QuantizationConfig):
     """The quantization_config of a packed checkpoint.
 
     Raises ConfigError for one that this kbvq cannot read, UnsupportedModelError for one that packs more than routed
-    experts: vLLM has no place for those tensors.
+    experts, or gives experts rates of their own: vLLM has no place for those tensors.
     """
 
     def __init__(self, config: KbvqConfig) -> None:
@@ -43,6 +43,12 @@ class KbvqVllmConfig(QuantizationConfig):
             raise UnsupportedModelError(
                 f"the checkpoint packs {others[0]} ({len(others)} such modules), the vLLM plugin serves routed experts "
                 "only; load it with transformers"
+            )
+        tiers = [bank.path for bank in formats if bank.experts]
+        if tiers:
+            raise UnsupportedModelError(
+                f"the experts of {tiers[0]} have rates of their own, and vLLM's loader has no place for their tensors; "
+                "load the checkpoint with transformers, or quantize with --set expert_rates=false"
             )
         self.banks = {bank.path: bank for bank in formats}
 

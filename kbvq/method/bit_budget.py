@@ -25,8 +25,8 @@ def allocate(projections: Sequence[Sequence[Choice]], budget: int, *, slack: flo
     """Index of the choice for each projection so that the sum of errors is least among those whose bytes fill the
     budget but for the share `slack`; if there are none, among those that come nearest to it from below.
 
-    A multiple-choice knapsack, solved exactly by dynamic programming over the bytes in steps of budget / 2^17.
-    Raises ConfigError when even the smallest choices do not fit.
+    At most 256 choices a projection. A multiple-choice knapsack, solved exactly by dynamic programming over the bytes
+    in steps of budget / 2^17. Raises ConfigError when even the smallest choices do not fit.
     """
     least = sum(min(choice.num_bytes for choice in choices) for choices in projections)
     unit = max(1.0, budget / _UNITS)
@@ -37,12 +37,16 @@ def allocate(projections: Sequence[Sequence[Choice]], budget: int, *, slack: flo
     best[0] = 0
     taken = []
     for choices, units in zip(projections, sizes, strict=True):
-        options = torch.full((len(choices), capacity + 1), torch.inf, dtype=torch.float64)
-        for option, choice, size in zip(options, choices, units, strict=True):
+        after = torch.full_like(best, torch.inf)
+        choice_of = torch.zeros(capacity + 1, dtype=torch.uint8)
+        for number, (choice, size) in enumerate(zip(choices, units, strict=True)):
             if size <= capacity:
-                option[size:] = best[: capacity + 1 - size] + choice.error
-        best, choice_of = options.min(0)
-        taken.append(choice_of.to(torch.uint8))
+                with_it = best[: capacity + 1 - size] + choice.error
+                better = with_it < after[size:]
+                after[size:][better] = with_it[better]
+                choice_of[size:][better] = number
+        best = after
+        taken.append(choice_of)
     reached = torch.isfinite(best).nonzero().flatten()
     if not len(reached):
         raise ConfigError(f"the budget of {budget} bytes is below the {least} bytes of the lowest rates; raise --bits")

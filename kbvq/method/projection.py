@@ -29,7 +29,7 @@ from kbvq.method.vector_quantization import (
     vector_quantize,
 )
 from kbvq.recipes import Recipe
-from kbvq.structures import InputMoments, MakeZeros, PackedProjection, ProjectionFormat
+from kbvq.structures import MakeZeros, Moments, PackedProjection, ProjectionFormat
 
 LIMIT_EXPERTS = 4
 """Experts of a projection whose limit is computed: each takes an eigenvalue problem, and that of all experts together
@@ -61,8 +61,8 @@ class ProjectionReport:
 
 def quantize_projection(
     weights: Tensor,
-    teacher: InputMoments,
-    student: InputMoments,
+    teacher: Moments,
+    student: Moments,
     format: ProjectionFormat,
     recipe: Recipe,
     *,
@@ -142,7 +142,7 @@ def quantize_projection(
 
 
 def report_projection(
-    weights: Tensor, packed: PackedProjection, student: InputMoments, *, prior_tokens: float, team: Team = ALONE
+    weights: Tensor, packed: PackedProjection, student: Moments, *, prior_tokens: float, team: Team = ALONE
 ) -> ProjectionReport:
     """Weighted error of a packed projection and its distance from the Shannon limit (rate_distortion). team: shares the
     experts; all of it gets the report."""
@@ -203,8 +203,8 @@ def _correct_outputs(
     weights: Tensor,
     format: ProjectionFormat,
     tensors: dict[str, Tensor],
-    teacher: InputMoments,
-    student: InputMoments,
+    teacher: Moments,
+    student: Moments,
     recipe: Recipe,
     goal: Goal | None,
     team: Team,
@@ -230,7 +230,7 @@ def _correct_outputs(
 
 
 def _least_squares_scale(
-    weights: Tensor, format: ProjectionFormat, tensors: dict[str, Tensor], student: InputMoments, prior_tokens: float
+    weights: Tensor, format: ProjectionFormat, tensors: dict[str, Tensor], student: Moments, prior_tokens: float
 ) -> Tensor:
     """Row scales times the slope that minimises each row's weighted error, within SLOPE_LIMITS like the correction's:
     the outputs of a row that hardly counts may be next to nothing. float16."""

@@ -27,7 +27,7 @@ from kbvq.method.error_feedback import (
 )
 from kbvq.method.team import ALONE, Team, gather
 from kbvq.recipes import Recipe
-from kbvq.structures import InputMoments, MakeZeros, ProjectionFormat
+from kbvq.structures import MakeZeros, Moments, ProjectionFormat
 
 CODED_AT_ONCE = 1 << 27
 """Weights of as many experts as have so many are coded together: it takes several copies of them."""
@@ -69,7 +69,7 @@ class Factors:
 
     def __init__(
         self,
-        moments: InputMoments,
+        moments: Moments,
         recipe: Recipe,
         vector_dim: int,
         experts: range,

@@ -115,13 +115,21 @@ class ObservedBank(nn.Module):
         self.weights["down_proj"] = down.gather(2, order[:, None].expand(-1, down.shape[1], -1))
         return order
 
-    def use_(self, projection: str, packed: PackedProjection) -> None:
-        """Compute with the quantized projection from now on."""
-        form = expand(packed.format, packed.tensors)
+    def use_(self, projection: str, packed: Mapping[tuple[int, ...], PackedProjection]) -> None:
+        """Compute with decoded weights and the bias of a packed projection from now on.
+
+        packed: by the experts that each tier holds, () for all.
+        """
         weights = torch.empty_like(self.weights[projection], memory_format=torch.contiguous_format)
-        for expert, weight in enumerate(weights):  # in place: a list of float32 and its stack would be two copies more
-            weight.copy_(dequantize_expert(*form, expert))
-        self.set_(projection, weights, packed.tensors["bias"] if packed.format.has_bias else None)
+        biased = any(tier.format.has_bias for tier in packed.values())
+        bias = torch.zeros(weights.shape[:2], device=weights.device) if biased else None
+        for experts, tier in packed.items():
+            form, held = expand(tier.format, tier.tensors), list(experts or range(self.num_experts))
+            for place, expert in enumerate(held):  # in place: a list of float32 and its stack would be two copies more
+                weights[expert].copy_(dequantize_expert(*form, place))
+            if bias is not None and tier.format.has_bias:
+                bias[held] = tier.tensors["bias"].float()
+        self.set_(projection, weights, bias)
 
     def set_(self, projection: str, weights: Tensor, bias: Tensor | None) -> None:
         """Compute with these weights and biases of all experts from now on, in the dtype of the original ones.

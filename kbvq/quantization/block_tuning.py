@@ -7,8 +7,9 @@ projection alone; this is where gate, up and down, and the experts of one token,
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from kbvq.codes.packing import (
 )
 from kbvq.errors import NumericalError
 from kbvq.models.calibration import LayerRunner, ObservedBank
-from kbvq.models.expert_forward import Gating, run_bank, stacked_experts
+from kbvq.models.expert_forward import ExpertWeights, Gating, run_bank, stacked_experts
 from kbvq.structures import PROJECTIONS, InputMoments, PackedBank, PackedProjection
 
 TOKENS_PER_STEP = 2048
@@ -137,26 +138,40 @@ def _scaled(fixed: Tensor, expert: int, scale: Tensor | None, column_scale: Tens
 class TrainableBank(nn.Module):
     """Stands in for the module of a packed bank, decoding its trainable projections in every forward pass."""
 
-    def __init__(self, bank: PackedBank, gating: Gating) -> None:
+    def __init__(self, tiers: Sequence[PackedBank], gating: Gating) -> None:
+        """tiers: of the bank; one where it has none."""
         super().__init__()
-        self.bank = bank
+        self.packed = list(tiers)
         self.gating = gating
-        self.projections = nn.ModuleDict({name: TrainableProjection(getattr(bank, name)) for name in PROJECTIONS})
+        self.tiers = nn.ModuleList(
+            nn.ModuleDict({name: TrainableProjection(getattr(tier, name)) for name in PROJECTIONS}) for tier in tiers
+        )
+        held = [tier.experts or range(tier.gate_up_proj.format.num_experts) for tier in tiers]
+        self.places = {expert: (tier, place) for tier, own in enumerate(held) for place, expert in enumerate(own)}
+        """Of each expert of the bank, its tier and its place there."""
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
         dtype = hidden_states.dtype
-        weights = [self.projections[name].weights().to(dtype) for name in PROJECTIONS]
-        biases = [
-            None if bias is None else bias.to(dtype) for bias in (self.projections[n].bias() for n in PROJECTIONS)
-        ]
-        of_expert = stacked_experts(weights, biases)
-        return run_bank(hidden_states, top_k_index, top_k_weights, len(weights[0]), of_expert, self.gating)
+        of_tier = []
+        for projections in self.tiers:
+            weights = [projections[name].weights().to(dtype) for name in PROJECTIONS]
+            biases = [None if bias is None else bias.to(dtype) for bias in (projections[n].bias() for n in PROJECTIONS)]
+            of_tier.append(stacked_experts(weights, biases))
 
-    def pack(self) -> PackedBank:
-        packed = {name: self.projections[name].pack() for name in PROJECTIONS}
-        return PackedBank(self.bank.path, self.bank.kind, **packed)
+        def of_expert(expert: int) -> ExpertWeights:
+            tier, place = self.places[expert]
+            return of_tier[tier](place)
+
+        return run_bank(hidden_states, top_k_index, top_k_weights, len(self.places), of_expert, self.gating)
+
+    def pack(self) -> list[PackedBank]:
+        """The tiers with their tuned values."""
+        return [
+            dataclasses.replace(tier, **{name: projections[name].pack() for name in PROJECTIONS})
+            for tier, projections in zip(self.packed, self.tiers, strict=True)
+        ]
 
 
 def parameter_group(parameter: nn.Parameter, learning_rate: float, size: float | None = None) -> dict[str, object]:
@@ -217,7 +232,7 @@ def tune_banks(
     tuned = {bank: {name: p.pack() for name, p in projections.items()} for bank, projections in trainable.items()}
     for bank, projections in tuned.items():
         for name, projection in projections.items():
-            bank.use_(name, projection)
+            bank.use_(name, {(): projection})
     return tuned
 
 

@@ -68,9 +68,12 @@ def distill(
     Raises NumericalError when the loss is not finite.
     """
     device, steps = stream.device, recipe.distillation_steps
+    tiers: dict[str, list[PackedBank]] = {}
+    for bank in banks:
+        tiers.setdefault(bank.format.bank, []).append(bank.to(device))
     modules = {
-        bank.path: TrainableBank(bank.to(device), read_experts(stream.model.get_submodule(bank.path)).gating)
-        for bank in banks
+        path: TrainableBank(of_bank, read_experts(stream.model.get_submodule(path)).gating)
+        for path, of_bank in tiers.items()
     }
     with stream.whole(modules, dense) as model, _checkpointing(stream.layers):
         trained = trainable_dense(model, stream.layers_path, list(modules)) if recipe.dense_rate else {}
@@ -101,7 +104,8 @@ def distill(
         if then is not None:
             with torch.no_grad():
                 then(model, mixed)
-        return [module.pack().to("cpu") for module in modules.values()], {**dense, **tuned}
+        packed = [tier.to("cpu") for module in modules.values() for tier in module.pack()]
+        return packed, {**dense, **tuned}
 
 
 def _divergence(

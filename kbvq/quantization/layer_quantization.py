@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kbvq.errors import NumericalError
 from kbvq.method.projection import quantize_projection, report_projection
-from kbvq.method.target_weights import TargetSums, goal_of
+from kbvq.method.target_weights import Goal, TargetSums, goal_of
 from kbvq.models.calibration import (
     LayerRunner,
     ObservedBank,
@@ -35,19 +35,25 @@ from kbvq.structures import (
     BankFormat,
     InputMoments,
     MatrixFormat,
+    Moments,
     PackedBank,
     PackedMatrix,
     PackedProjection,
+    TierMoments,
 )
 
 _Matched = dict[ExpertBank, tuple[InputMoments, TargetSums | None]]
 """By bank the moments of a projection's inputs, and the sums of what it is to give, if that is not what it gave."""
 
 
+_OfTiers = dict[tuple[int, ...], PackedProjection]
+"""A packed projection by the experts of each tier of its bank, () for all."""
+
+
 @dataclass(frozen=True)
 class LayerResult:
     """banks, matrices: packed, on the CPU. teacher, student: the layer's outputs, [windows, tokens, hidden_size].
-    reports, matrix_reports: one JSON-ready record per bank and per matrix. dense: parameters outside the banks that
+    reports, matrix_reports: one JSON-ready record per tier and per matrix. dense: parameters outside the banks that
     were changed, by their names in the model, on the CPU in the dtype that the layer computes in."""
 
     banks: list[PackedBank]
@@ -62,7 +68,7 @@ class LayerResult:
 def quantize_layer(
     layer: nn.Module,
     layer_path: str,
-    banks: dict[ExpertBank, BankFormat],
+    banks: dict[ExpertBank, list[BankFormat]],
     recipe: Recipe,
     *,
     run: LayerRunner,
@@ -75,8 +81,9 @@ def quantize_layer(
     other matrices, if any, all of them for the inputs that they get while nothing of this layer is quantized.
 
     layer: materialised, at `layer_path` of its model; its banks' modules are replaced. banks: with the formats they are
-    to be stored in. run: the layer on activations of all windows. teacher, student: the layer's inputs in the original
-    and in the quantized model, one tensor when they are still the same. matrices: formats of the Linears to be packed.
+    to be stored in, one for each tier. run: the layer on activations of all windows. teacher, student: the layer's
+    inputs in the original and in the quantized model, one tensor when they are still the same. matrices: formats of
+    the Linears to be packed.
     down is quantized after gate and up, for the inputs that their quantized versions make.
     """
     observed = observe_banks(layer, layer_path, banks)
@@ -112,7 +119,7 @@ def quantize_layer(
         return LayerResult([], teacher, student, [], packed_matrices, matrix_reports, dense)
     if recipe.error_feedback:
         for bank, module in observed.items():
-            order = module.sort_channels_(teacher_moments[bank]["down_proj"], banks[bank].down_proj.vector_dim)
+            order = module.sort_channels_(teacher_moments[bank]["down_proj"], banks[bank][0].down_proj.vector_dim)
             if weights is None:
                 teacher_moments[bank]["down_proj"].reorder_(order)
             else:  # goals stand for them
@@ -120,11 +127,12 @@ def quantize_layer(
     importance: dict[ExpertBank, Tensor] = {}
     if uses_importance(recipe):
         counting = token_weights(teacher) if weights is None else weights
-        importance = row_importance(run, inputs, counting, observed, recipe)
-    packed: dict[ExpertBank, dict[str, PackedProjection]] = {bank: {} for bank in banks}
+        found_importance = row_importance(run, inputs, counting, observed, recipe)
+        importance = {bank: of_bank.rows for bank, of_bank in found_importance.items()}
+    packed: dict[ExpertBank, dict[str, _OfTiers]] = {bank: {} for bank in banks}
     original: dict[ExpertBank, dict[str, Tensor]] = {bank: dict(module.weights) for bank, module in observed.items()}
     coded: dict[ExpertBank, dict[str, _Coded]] = {bank: {} for bank in banks}
-    reports: dict[ExpertBank, dict[str, object]] = {bank: {"path": bank.path} for bank in banks}
+    reports = {tier: _new_report(tier) for tiers in banks.values() for tier in tiers}
 
     def code(bank: ExpertBank, place: int, projection: str, matched: _Matched) -> _Coded:
         order, module, own, goal = PROJECTIONS.index(projection), observed[bank], original[bank][projection], None
@@ -133,37 +141,44 @@ def quantize_layer(
             targets = sums.mapped(own) if order == 0 else sums
             goal = goal_of(own, targets, moments, recipe.prior_tokens, team=run.ranks)
             del sums, targets
-        try:
-            packed[bank][projection] = quantize_projection(
-                own,
-                teacher_moments[bank].pop(projection, moments),
-                moments,
-                getattr(banks[bank], projection),
-                recipe,
-                seed=_seed(seed, bank, place, order),
-                bias=module.original_biases.get(projection),
-                goal=goal,
-                importance=importance.get(bank) if order == 0 else None,
-                team=run.ranks,
-                make=run.statistics.make,
-            )
-        except NumericalError as error:
-            raise NumericalError(f"{bank.path}.{projection}: {error}") from error
+        of_teacher = teacher_moments[bank].pop(projection, moments)
+        bias, of_rows = module.original_biases.get(projection), importance.get(bank) if order == 0 else None
+        packed[bank][projection] = {}
+        for tier in banks[bank]:
+            some = tier.experts
+            weights_of_tier = _of(own if goal is None else goal.weights, some)
+            try:
+                packed[bank][projection][some] = quantize_projection(
+                    weights_of_tier,
+                    _moments_of(of_teacher, some),
+                    _moments_of(moments, some),
+                    getattr(tier, projection),
+                    recipe,
+                    seed=_seed(seed, bank, place, order),
+                    bias=None if bias is None else _of(bias, some),
+                    goal=None if goal is None else Goal(weights_of_tier, _of(goal.mean, some)),
+                    importance=None if of_rows is None else _of(of_rows, some),
+                    team=run.ranks,
+                    make=run.statistics.make,
+                )
+            except NumericalError as error:
+                raise NumericalError(f"{tier.path}.{projection}: {error}") from error
         module.use_(projection, packed[bank][projection])
         return _Coded(own if goal is None else goal.weights, moments)
 
     def report(bank: ExpertBank, projection: str, found: _Coded) -> None:
-        if "tokens" not in reports[bank]:
-            reports[bank]["tokens"] = found.moments.tokens.tolist()
-        reports[bank][projection] = dataclasses.asdict(
-            report_projection(
-                found.weights,
-                packed[bank][projection],
-                found.moments,
-                prior_tokens=recipe.prior_tokens,
-                team=run.ranks,
+        for tier in banks[bank]:
+            moments = _moments_of(found.moments, tier.experts)
+            reports[tier].setdefault("tokens", moments.tokens.tolist())
+            reports[tier][projection] = dataclasses.asdict(
+                report_projection(
+                    _of(found.weights, tier.experts),
+                    packed[bank][projection][tier.experts],
+                    moments,
+                    prior_tokens=recipe.prior_tokens,
+                    team=run.ranks,
+                )
             )
-        )
 
     matched: _Matched
     for order, projection in enumerate(PROJECTIONS):
@@ -189,9 +204,30 @@ def quantize_layer(
             for projection, of_projection in projections.items():
                 report(bank, projection, of_projection)
     student, _ = run_and_watch(run, inputs, observed, (), by_routing=by_routing)
-    on_cpu = {bank: {name: p.to("cpu") for name, p in projections.items()} for bank, projections in packed.items()}
-    packed_banks = [PackedBank(b.path, b.kind, **on_cpu[b]) for b in banks]
+    packed_banks = [
+        PackedBank(
+            tier.path,
+            tier.kind,
+            **{name: of_tiers[tier.experts].to("cpu") for name, of_tiers in packed[bank].items()},
+            experts=tier.experts,
+        )
+        for bank, tiers in banks.items()
+        for tier in tiers
+    ]
     return LayerResult(packed_banks, teacher, student, list(reports.values()), packed_matrices, matrix_reports, dense)
+
+
+def _new_report(tier: BankFormat) -> dict[str, object]:
+    return {"path": tier.path} | ({"experts": list(tier.experts)} if tier.experts else {})
+
+
+def _of(tensor: Tensor, experts: tuple[int, ...]) -> Tensor:
+    """Of all experts [E, …], those of a tier; () for all."""
+    return tensor[list(experts)] if experts else tensor
+
+
+def _moments_of(moments: InputMoments, experts: tuple[int, ...]) -> Moments:
+    return TierMoments(moments, experts) if experts else moments
 
 
 @dataclass(frozen=True)
@@ -204,7 +240,7 @@ class _Coded:
 
 def _tune(
     observed: dict[ExpertBank, ObservedBank],
-    packed: dict[ExpertBank, dict[str, PackedProjection]],
+    packed: dict[ExpertBank, dict[str, _OfTiers]],
     coded: dict[ExpertBank, dict[str, _Coded]],
     run: LayerRunner,
     inputs: Tensor,
@@ -212,9 +248,10 @@ def _tune(
     recipe: Recipe,
     *,
     seed: int,
-) -> dict[ExpertBank, dict[str, PackedProjection]]:
+) -> dict[ExpertBank, dict[str, _OfTiers]]:
+    """Of banks without tiers (Recipe)."""
     tuned = tune_banks(
-        {module: packed[bank] for bank, module in observed.items()},
+        {module: {name: of[()] for name, of in packed[bank].items()} for bank, module in observed.items()},
         {module: {name: of.moments for name, of in coded[bank].items()} for bank, module in observed.items()},
         run,
         inputs,
@@ -223,7 +260,7 @@ def _tune(
         learning_rate=recipe.tuning_rate,
         seed=seed,
     )
-    return {bank: tuned[module] for bank, module in observed.items()}
+    return {bank: {name: {(): of} for name, of in tuned[module].items()} for bank, module in observed.items()}
 
 
 def _seed(seed: int, bank: ExpertBank, place: int, order: int) -> int:

@@ -64,6 +64,7 @@ from kbvq.structures import (
     PackedBank,
     PackedMatrix,
     ProjectionFormat,
+    bank_path,
 )
 
 logger = logging.getLogger("kbvq")
@@ -316,7 +317,9 @@ class Run:
         }
         plan = budget_plan(stream.banks, self.recipe, sensitivities, carry["peaks"])
         counts = Counter(row["code_bits"] for row in plan.record["projections"])  # type: ignore[attr-defined]
+        tiers = len(plan.formats) - len(stream.banks)
         text = ", ".join(f"{n} projections with {bits} code bits" for bits, n in sorted(counts.items()))
+        text += f", {tiers} further tiers of experts among them" if tiers else ""
         kept = {name: carry[name] for name in ("embedding", "further", "matrices", "shards")}
         chosen = {"formats": plan.formats, "budget": plan.record}
         embedded = carry["embedded"]
@@ -331,8 +334,8 @@ class Run:
         """Quantize the matrices and banks of a layer and carry both sets of activations on."""
         stream = self.stream
         banks = {
-            bank: format
-            for bank, format in zip(stream.banks, carry["formats"], strict=True)
+            bank: [format for format in carry["formats"] if format.bank == bank.path]
+            for bank in stream.banks
             if bank.decoder_layer == index
         }
         carry = dict(carry)
@@ -425,7 +428,12 @@ class Run:
         )
         owner = {bank.path: bank.decoder_layer for bank in self.stream.banks} | self.parts.decoder_layers
         shards = [
-            self._write_layer(layer, [part for part in (*tuned, *matrices) if owner[part.path] == layer], dense)
+            self._write_layer(
+                layer,
+                [bank for bank in tuned if owner[bank.format.bank] == layer]
+                + [matrix for matrix in matrices if owner[matrix.path] == layer],
+                dense,
+            )
             for layer in range(self.stream.num_layers)
         ]
         done = {"shards": [*carry["shards"], *shards], "matrices": [*carry["matrices"], *reports], "waiting": []}
@@ -599,12 +607,14 @@ def _relative_error(student: Tensor, teacher: Tensor, store: ActivationStore) ->
 
 def _few_tokens(layers: list[dict], floor: int) -> dict[str, list[int]]:
     """Experts with fewer calibration tokens than `floor`, by bank, after a warning."""
-    few = {
-        report["path"]: [expert for expert, count in enumerate(report["tokens"]) if count < floor]
-        for layer in layers
-        for report in layer["banks"]
-    }
-    few = {path: experts for path, experts in few.items() if experts}
+    few: dict[str, list[int]] = {}
+    for report in (report for layer in layers for report in layer["banks"]):
+        counts = report["tokens"]
+        experts = report.get("experts") or range(len(counts))
+        found = [expert for expert, count in zip(experts, counts, strict=True) if count < floor]
+        if found:
+            bank = bank_path(report["path"])
+            few[bank] = sorted(few.get(bank, []) + found)
     if few:
         logger.warning(
             "%d experts saw fewer than %d calibration tokens: their moments were shrunk toward those of all experts of "

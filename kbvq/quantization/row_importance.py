@@ -15,6 +15,7 @@ within a few per cent of what a rate of its own for each row would give, without
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,19 @@ def uses_importance(recipe: Recipe) -> bool:
     return recipe.row_importance > 0 and recipe.codebook == "trellis" and recipe.error_feedback
 
 
+@dataclass(frozen=True)
+class Importance:
+    """Of one bank.
+
+    rows: of gate and up, [num_experts, rows] float32, 1 in the mean of an expert's rows.
+    errors: by projection, what a squared error of an output costs in each expert, [num_experts] float32: the mean over
+        gate and up's rows, and for down's outputs, which are the layer's, 1; times the mass of the expert's tokens.
+    """
+
+    rows: Tensor
+    errors: dict[str, Tensor]
+
+
 @torch.no_grad()
 def row_importance(
     run: LayerRunner,
@@ -47,12 +61,12 @@ def row_importance(
     weights: Tensor,
     observed: Mapping[ExpertBank, ObservedBank],
     recipe: Recipe,
-) -> dict[ExpertBank, Tensor]:
-    """Importance of the rows of gate and up by bank, [num_experts, rows] float32, 1 in the mean of an expert's rows.
+) -> dict[ExpertBank, Importance]:
+    """What errors in the outputs of each bank's projections cost.
 
     hidden_states: the layer's inputs, [windows, tokens, hidden_size]; the first windows are run. weights: of the tokens
     (matching.token_weights). observed: with the original weights. recipe: says whether tokens count by their squared
-    routing weights, too, and to what power the importance is returned.
+    routing weights, too, and to what power the importance of rows is returned.
     """
     if not observed:
         return {}
@@ -106,12 +120,15 @@ def _windows(module: ObservedBank) -> int:
     return -(-_TOKENS * module.num_experts // max(1, int(routed)))
 
 
-def _importance(sums: Tensor, mass: Tensor, counts: Tensor, module: ObservedBank, power: float) -> Tensor:
+def _importance(sums: Tensor, mass: Tensor, counts: Tensor, module: ObservedBank, power: float) -> Importance:
     means = sums / mass.clamp_min(1e-30)[:, None]
     of_all = sums.sum() / (mass.sum() * sums.shape[1]).clamp_min(1e-30)
     share = (counts / (counts + _PRIOR).clamp_min(1))[:, None]
     means = share * means + (1 - share) * of_all
     columns = torch.stack([down.float().square().sum(0) for down in module.weights[PROJECTIONS[1]]])
-    importance = (means * columns.repeat(1, means.shape[1] // columns.shape[1])).pow(power)
+    costs = means * columns.repeat(1, means.shape[1] // columns.shape[1])
+    importance = costs.pow(power)
     average = importance.mean(1, keepdim=True)
-    return torch.where(average > 0, importance / average.clamp_min(1e-30), 1.0)
+    rows = torch.where(average > 0, importance / average.clamp_min(1e-30), 1.0)
+    mass = mass + _PRIOR * mass.sum() / counts.sum().clamp_min(1)  # an expert that saw none may be met on other text
+    return Importance(rows, dict(zip(PROJECTIONS, (mass * costs.mean(1), mass), strict=True)))

@@ -320,6 +320,7 @@ def _layer_moments(
         goals = recipe.matching and (matched or projection == "down_proj")
         for place, bank in enumerate(banks):
             copies = 4 * _size(bank, projection)
+            of_tier = copies if recipe.expert_rates and recipe.budget and bank.num_experts > 1 else 0
             if goals:  # the bank's, and for gate and up what they would give for the inputs that are wanted
                 n, outputs = bank.projection_shape(projection)[2], bank.projection_shape(projection)[1]
                 targets = copies * (2 if projection == "gate_up_proj" else 1) + 8 * 3 * n * (n + outputs)
@@ -330,7 +331,7 @@ def _layer_moments(
                     "statistics": statistics + goals * sum(paired[place + 1 :]),
                     "goals": goals * copies,
                     "factors": _moment_bytes(bank, projection) if recipe.error_feedback else 0,
-                    "coding": _coding_bytes(bank, projection, recipe) + (0 if goals else copies),
+                    "coding": _coding_bytes(bank, projection, recipe) + (0 if goals else copies) + of_tier,
                 }
             )
     return found or [held]

@@ -26,7 +26,7 @@ from kbvq.method.vector_quantization import expert_factor, row_scales
 from kbvq.models.calibration import LayerRunner, observe_banks, run_and_watch
 from kbvq.models.moe_adapters import ExpertBank
 from kbvq.quantization.matching import token_weights
-from kbvq.quantization.row_importance import row_importance, uses_importance
+from kbvq.quantization.row_importance import Importance, row_importance, uses_importance
 from kbvq.recipes import CODES, Recipe
 from kbvq.structures import PROJECTIONS, InputMoments, MakeZeros
 
@@ -70,11 +70,13 @@ class Energies:
         distortion, because error feedback then feeds back more; and a trellis code errs more than its noise where
         weights lie far out in the tails, which on massive activations can cost more than all others.
     bias_share: share of the error of the outputs that is constant over tokens, which a bias takes away.
+    shares: of each expert in what the errors cost the layer's outputs when all experts have one rate.
     """
 
     noise: dict[int, float]
     errors: dict[tuple[int, int], float]
     bias_share: float
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,20 @@ class Sensitivity:
         slope = math.log(self.divergences[low] / self.divergences[high]) / math.log(noise[low] / noise[high])
         return min(max(slope, EXPONENTS[0]), EXPONENTS[1])
 
-    def predict(self, bits: int, rank: int, *, bias: bool) -> float:
+    def predict(self, bits: int | Mapping[int, float], rank: int, *, bias: bool) -> float:
         """Expected KL per token when the projection is stored with so many code bits, this rank of the shared basis,
         and with or without a bias: on the power law through the probes, from the nearer of them.
+
+        bits: of all experts, or each rate with the share (Energies.shares) of the experts that have it.
 
         Noise larger than what was probed is not trusted to saturate: beside the noise of all other projections it does
         not, and a rate that is too low would look cheap.
         """
-        nearest = min(self.divergences, key=lambda rate: abs(rate - bits))
-        energy = self.energies.errors[bits, rank] * (1 - self.energies.bias_share * bias)
+        shares = {bits: 1.0} if isinstance(bits, int) else bits
+        mean = sum(rate * share for rate, share in shares.items())
+        nearest = min(self.divergences, key=lambda rate: abs(rate - mean))
+        energy = sum(share * self.energies.errors[rate, rank] for rate, share in shares.items())
+        energy *= 1 - self.energies.bias_share * bias
         energy /= max(self.energies.noise[nearest], 1e-30)
         return self.divergences[nearest] * energy ** (max(self.exponent, 1.0) if energy > 1 else self.exponent)
 
@@ -149,8 +156,8 @@ def probe_layer(
         order = module.sort_channels_(moments[bank]["down_proj"], vector_dim=1)
         moments[bank]["down_proj"].reorder_(order)
     peaks = {bank: module.peaks.cpu() for bank, module in observed.items()}
-    importance: dict[ExpertBank, Tensor] = {}
-    if uses_importance(recipe):
+    importance: dict[ExpertBank, Importance] = {}
+    if uses_importance(recipe) or recipe.expert_rates:
         importance = row_importance(run, inputs, token_weights(outputs), observed, recipe)
     generator = torch.Generator().manual_seed(seed)
     for probe, states in disturbed.items():
@@ -160,9 +167,15 @@ def probe_layer(
         for projection in PROJECTIONS:
             weights = module.weights[projection]
             site = bank, projection
-            of_rows = importance.get(bank) if projection == PROJECTIONS[0] else None
+            found = importance.get(bank)
             law = noise_law(
-                weights, moments[bank][projection], recipe, rates, importance=of_rows, make=run.statistics.make
+                weights,
+                moments[bank][projection],
+                recipe,
+                rates,
+                importance=found.rows if found and uses_importance(recipe) and projection == PROJECTIONS[0] else None,
+                costs=None if found is None else found.errors[projection],
+                make=run.statistics.make,
             )
             energies[site] = law.energies
             white = law.white(generator)
@@ -239,9 +252,11 @@ def noise_law(
     probed: tuple[int, ...],
     *,
     importance: Tensor | None = None,
+    costs: Tensor | None = None,
     make: MakeZeros = torch.zeros,
 ) -> NoiseLaw:
-    """Of a projection, for the probed code rates. importance: as of quantize_projection. make: the factors of all
+    """Of a projection, for the probed code rates. importance: as of quantize_projection. costs: of a squared error of
+    an output of each expert, [E] (Importance.errors), None for the mass of its tokens. make: the factors of all
     experts."""
     order = channel_order(moments.pooled_second_moment(), 1)
     rates = {rate: code.distortion for rate, code in CODES[recipe.codebook].items()}
@@ -254,6 +269,8 @@ def noise_law(
     n = weights.shape[2]
     factors = make(len(weights), n, n, device=weights.device)
     deviations: dict[int, list[Tensor]] = {rate: [] for rate in probed}
+    shares = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+    costs = moments.mass if costs is None else costs
     tokens = moments.tokens.tolist()
     for expert in range(len(weights)):
         second_moment, mean = moments.expert_moments(expert, recipe.prior_tokens)
@@ -277,6 +294,7 @@ def noise_law(
             if rate in probed:
                 deviations[rate].append(variances[:, 0].sqrt())
             if rate == probed[0]:
+                shares[expert] = costs[expert] * masses[0] * variances[:, 0].sum()
                 # The constant input in the coordinates of M: what it sums up of the error is the same for all tokens.
                 direction = torch.linalg.solve_triangular(factor, mean[order][:, None], upper=True)[:, 0]
                 constant += mass[0] * (variances[:, 0] * direction.square()).sum()
@@ -297,6 +315,7 @@ def noise_law(
             {rate: of_rate / lowest for rate, of_rate in noise.items()},
             dict(zip(options, (energy.flatten() / lowest).tolist(), strict=True)),
             constant.item() / lowest,
+            tuple((shares / shares.sum().clamp_min(1e-30)).tolist()),
         ),
     )
 

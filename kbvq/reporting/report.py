@@ -11,6 +11,7 @@ from typing import Any
 from kbvq.errors import ConfigError
 from kbvq.reporting.run_report import ProjectionRow, RunReport, read_run
 from kbvq.reporting.templates import render
+from kbvq.structures import TIERS, bank_path
 
 logger = logging.getLogger("kbvq")
 
@@ -277,15 +278,25 @@ def _expert_errors(run: RunReport) -> Section:
 
     title = "Error by expert"
     text = "Weighted error of each expert's outputs relative to their energy."
-    rows = [row for row in run.projections if len(row.by_expert) > 1]
+    of_bank: dict[tuple[str, str], dict[int, float]] = {}
+    for row in run.projections:
+        experts = row.experts or range(len(row.by_expert))
+        errors = zip(experts, row.by_expert, strict=bool(row.by_expert))
+        of_bank.setdefault((bank_path(row.bank), row.projection), {}).update(errors)
+    rows = {
+        site: [error for _, error in sorted(by_expert.items())]
+        for site, by_expert in of_bank.items()
+        if len(by_expert) > 1
+    }
     if not rows:
         return _missing("experts", title, text, "the run record has no errors of single experts")
-    values = [row.by_expert for row in rows]
-    svg = heat_map("experts", _labels(rows), values, axis="expert", unit="relative error", log=True)
+    values = list(rows.values())
+    labels = [_label(*site) for site in rows]
+    svg = heat_map("experts", labels, values, axis="expert", unit="relative error", log=True)
     table = Table(
         "Error by expert",
         ["projection", "least", "greatest", "expert with the greatest"],
-        [[r.name, _number(min(v)), _number(max(v)), str(v.index(max(v)))] for r, v in zip(rows, values, strict=True)],
+        [[".".join(site), _number(min(v)), _number(max(v)), str(v.index(max(v)))] for site, v in rows.items()],
     )
     return Section("experts", title, text, svg, _range_alt("relative errors", [e for v in values for e in v]), table)
 
@@ -423,13 +434,20 @@ def _missing(id: str, title: str, text: str, why: str) -> Section:
 
 
 def _short(path: str) -> str:
-    """The layer of a bank's path, with what is not simply its experts: "3", or "3 shared"."""
-    numbers = [part for part in path.split(".") if part.isdigit()]
-    return (numbers[0] if numbers else path) + (" shared" if "shared" in path else "")
+    """The layer of a bank's path, with what is not simply its experts: "3", or "3 shared"; and the tier behind the
+    first: "3 tier 2"."""
+    bank, _, tier = path.partition(f".{TIERS}.")
+    numbers = [part for part in bank.split(".") if part.isdigit()]
+    name = (numbers[0] if numbers else bank) + (" shared" if "shared" in bank else "")
+    return f"{name} tier {int(tier) + 2}" if tier else name
+
+
+def _label(bank: str, projection: str) -> str:
+    return f"{_short(bank)} {projection.removesuffix('_proj').replace('_', '/')}"
 
 
 def _labels(rows: Sequence[ProjectionRow]) -> list[str]:
-    return [f"{_short(row.bank)} {row.projection.removesuffix('_proj').replace('_', '/')}" for row in rows]
+    return [_label(row.bank, row.projection) for row in rows]
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from kbvq.errors import CheckpointError
 from kbvq.storage.checkpoint import METRICS, RUN_RECORD, TIMING, inspect_checkpoint, read_headers
-from kbvq.structures import WEIGHT, MatrixFormat, tensor_name
+from kbvq.structures import WEIGHT, MatrixFormat, bank_path, tensor_name
 
 EVALUATION = "kbvq_eval.json"
 """What `kbvq eval --report` measured, beside the checkpoint; like the report and the card outside the manifest."""
@@ -38,11 +38,13 @@ class Size:
 
 @dataclass(frozen=True)
 class ProjectionRow:
-    """One quantized projection. bits: everything stored. predicted_kl: by the measured sensitivity, at its code
-    bits. error: weighted, relative to the energy of its outputs. by_expert: the same of each expert. spectrum: share
-    of the energy of its targets in the strongest directions, at even steps from none to all of them."""
+    """One quantized projection of a bank or tier. experts: of a tier, those that it holds. bits: everything stored.
+    predicted_kl: by the measured sensitivity, at its code bits. error: weighted, relative to the energy of its outputs.
+    by_expert: the same of each expert. spectrum: share of the energy of its targets in the strongest directions, at
+    even steps from none to all of them."""
 
     bank: str
+    experts: list[int]
     layer: int | None
     projection: str
     bits: float
@@ -197,6 +199,7 @@ def _projections(summary: dict[str, Any], record: dict[str, Any]) -> list[Projec
             rows.append(
                 ProjectionRow(
                     bank=bank["path"],
+                    experts=list(bank["experts"]),
                     layer=layer,
                     projection=projection,
                     bits=stored["bits_per_weight"],
@@ -217,11 +220,13 @@ def _projections(summary: dict[str, Any], record: dict[str, Any]) -> list[Projec
 def _banks(record: dict[str, Any]) -> list[BankRow]:
     starved = record.get("experts_with_few_tokens") or {}
     found = (record.get("budget") or {}).get("super_experts") or {}
+    counts: dict[str, dict[int, int]] = {}
+    for report in (bank for layer in record.get("layers") or [] for bank in layer["banks"] if "tokens" in bank):
+        experts = report.get("experts") or range(len(report["tokens"]))
+        counts.setdefault(bank_path(report["path"]), {}).update(zip(experts, report["tokens"], strict=True))
     return [
-        BankRow(bank["path"], bank["tokens"], starved.get(bank["path"], []), found.get(bank["path"], []))
-        for layer in record.get("layers") or []
-        for bank in layer["banks"]
-        if "tokens" in bank
+        BankRow(path, [tokens for _, tokens in sorted(own.items())], starved.get(path, []), found.get(path, []))
+        for path, own in counts.items()
     ]
 
 

@@ -16,7 +16,7 @@ from kbvq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kbvq.serving.packed_experts import packed_module
 from kbvq.serving.packed_matrix import PackedEmbedding, PackedLinear, TiedHead
 from kbvq.storage.checkpoint import FORMAT_VERSION, check_packed_contents, check_packed_tensors, read_file_headers
-from kbvq.structures import PROJECTIONS, BankFormat, MatrixFormat
+from kbvq.structures import PROJECTIONS, BankFormat, MatrixFormat, check_tiers
 
 if TYPE_CHECKING:  # importing them loads torch._dynamo and Triton
     from transformers import PreTrainedModel
@@ -120,16 +120,19 @@ class KbvqQuantizer(HfQuantizer):
             known = {bank.path: bank for bank in find_expert_banks(model)}
         except UnsupportedModelError as error:
             raise CheckpointError(f"{error}; load the checkpoint as {_architectures(model)}") from error
+        tiers: dict[str, list[BankFormat]] = {}
         for bank in formats:
             check_packed_tensors(bank, headers)
-            _replace_bank_(model, bank, known.get(bank.path))
+            tiers.setdefault(bank.bank, []).append(bank)
+        for path, of_bank in tiers.items():
+            _replace_bank_(model, path, of_bank, known.get(path))
         matrices = self.quantization_config.matrix_formats()
         for matrix in matrices:
             check_packed_tensors(matrix, headers)
             _replace_matrix_(model, matrix)
         check_packed_contents([*formats, *matrices], files)
         check_names_are_kept(model, headers)
-        in_torch = sorted({known[bank.path].kind for bank in formats if known[bank.path].activation is None})
+        in_torch = sorted({known[path].kind for path in tiers if known[path].activation is None})
         if in_torch:
             logger.warning(
                 "the %s experts of %s have a gating that no kernel knows: they are decoded and multiplied in plain "
@@ -167,29 +170,36 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(KbvqQuantizer)
 
 
-def _replace_bank_(model: PreTrainedModel, bank: BankFormat, known: ExpertBank | None) -> None:
-    """known: what the model has at the path of the bank."""
-    if known is None or known.kind != bank.kind:
-        raise CheckpointError(
-            f"{type(model).__name__} has no {bank.kind} experts at {bank.path}; load the checkpoint as "
-            f"{_architectures(model)}"
-        )
+def _replace_bank_(model: PreTrainedModel, path: str, tiers: list[BankFormat], known: ExpertBank | None) -> None:
+    """known: what the model has at that path. tiers: of the bank; one where it has none."""
+    for tier in tiers:
+        if known is None or known.kind != tier.kind:
+            raise CheckpointError(
+                f"{type(model).__name__} has no {tier.kind} experts at {path}; load the checkpoint as "
+                f"{_architectures(model)}"
+            )
+        for projection in PROJECTIONS:
+            format = getattr(tier, projection)
+            experts, *shape = known.projection_shape(projection)
+            shape = [len(tier.experts) or experts, *shape]
+            if shape != [format.num_experts, format.out_features, format.in_features]:
+                raise CheckpointError(
+                    f"{tier.path}: config.json makes {projection} {shape}, its packed format says "
+                    f"{[format.num_experts, format.out_features, format.in_features]}; fetch the checkpoint again"
+                )
+            refused = kbvq_kernels.supports(**format.expanded.to_dict(), activation=known.activation or "silu")
+            if refused:
+                raise CheckpointError(f"{tier.path}: {refused}; upgrade kbvq, or quantize the model again")
+    assert known is not None
+    try:
+        check_tiers(path, known.num_experts, tiers)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; fetch the checkpoint again") from error
     from kbvq.models.moe_adapters import read_experts
 
-    for projection in PROJECTIONS:
-        format = getattr(bank, projection)
-        shape = known.projection_shape(projection)
-        if shape != (format.num_experts, format.out_features, format.in_features):
-            raise CheckpointError(
-                f"{bank.path}: config.json makes {projection} {list(shape)}, its packed format says "
-                f"{[format.num_experts, format.out_features, format.in_features]}; fetch the checkpoint again"
-            )
-        refused = kbvq_kernels.supports(**format.expanded.to_dict(), activation=known.activation or "silu")
-        if refused:
-            raise CheckpointError(f"{bank.path}: {refused}; upgrade kbvq, or quantize the model again")
-    gating = read_experts(model.get_submodule(bank.path)).gating
+    gating = read_experts(model.get_submodule(path)).gating
     with torch.device("meta"):
-        model.set_submodule(bank.path, packed_module(bank, gating, known.activation))
+        model.set_submodule(path, packed_module(tiers[0], gating, known.activation, tiers[1:]))
 
 
 def _replace_matrix_(model: PreTrainedModel, matrix: MatrixFormat) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kbvq_kernels
 from kbvq.codes.packing import dequantize_expert
@@ -102,14 +102,52 @@ def _scale_up_rows(gate_up: PreparedProjection, column_scale: Tensor) -> Prepare
 
 
 class PackedExperts(PackedBankModule):
-    """Routed experts of one layer; called like the fused experts modules of transformers."""
+    """Routed experts of one layer; called like the fused experts modules of transformers.
+
+    Where experts have different rates, this is the first tier of them; `tiers` has the others, each called with all
+    tokens and, of the routing, its own experts.
+    """
+
+    def __init__(
+        self, format: BankFormat, gating: Gating, activation: str | None = None, further: Sequence[BankFormat] = ()
+    ) -> None:
+        super().__init__(format, gating, activation)
+        made = [PackedExperts(tier, gating, activation) for tier in further]
+        self.tiers: nn.ModuleList | tuple[()] = nn.ModuleList(made) if made else ()
+        self._held = [tier.experts for tier in (format, *further)]
+        self.bank_experts = sum(map(len, self._held)) or self.num_experts
+        self._places: dict[torch.device, list[Tensor]] = {}
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
         """[..., H], [T, k] integers, [T, k] -> [..., H] in the dtype of `hidden_states`; see `run_bank`."""
         tokens = hidden_states.flatten(0, -2)
-        return self._run(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
+        if not self.tiers:
+            return self._run(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
+        total = self.bank_experts
+        top_k_index, top_k_weights = fill_routing(tokens, top_k_index, top_k_weights, total)
+        outside = (top_k_index < 0) | (top_k_index >= total)
+        top_k_index = top_k_index.long().masked_fill(outside, total)
+        own, *others = self._places_in_tiers(top_k_index.device)
+        output = self._run(tokens, own[top_k_index], top_k_weights)
+        for tier, places in zip(self.tiers, others, strict=True):
+            output = output + tier(tokens, places[top_k_index], top_k_weights)
+        return output.view(hidden_states.shape)
+
+    def _places_in_tiers(self, device: torch.device) -> list[Tensor]:
+        """For each tier, where each expert of the bank stands in it, [experts + 1] int64; for those of other tiers, and
+        for what lies outside, its number of experts, which is skipped."""
+        known = self._places.get(device)
+        if known is None:
+            known = []
+            for experts in self._held:
+                places = torch.full((self.bank_experts + 1,), len(experts), device=device)
+                places[list(experts)] = torch.arange(len(experts), device=device)
+                known.append(places)
+            if not torch.compiler.is_compiling():
+                self._places[device] = known
+        return known
 
 
 class PackedMLP(PackedBankModule):
@@ -121,9 +159,14 @@ class PackedMLP(PackedBankModule):
         return self._run(tokens, None, None).view(hidden_states.shape)
 
 
-def packed_module(format: BankFormat, gating: Gating, activation: str | None = None) -> PackedBankModule:
+def packed_module(
+    format: BankFormat, gating: Gating, activation: str | None = None, further: Sequence[BankFormat] = ()
+) -> PackedBankModule:
     """The module that serves a bank of this kind, with zeroed buffers on the default device.
 
-    activation: name of the activation in the usual gating, for the kernels; None keeps to plain torch.
+    activation: name of the activation in the usual gating, for the kernels; None keeps to plain torch. further: the
+    tiers behind the first one, of routed experts.
     """
-    return {"routed": PackedExperts, "shared": PackedMLP}[format.kind](format, gating, activation)
+    if format.kind == "shared":
+        return PackedMLP(format, gating, activation)
+    return PackedExperts(format, gating, activation, further)

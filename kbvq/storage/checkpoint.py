@@ -256,7 +256,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
             counts = _counts(bank.path, projection, getattr(bank, projection), headers)
             projections[projection] = getattr(bank, projection).to_dict() | counts | _bits(counts)
             total = {key: total[key] + counts[key] for key in total}
-        banks.append({"path": bank.path, "kind": bank.kind, **projections})
+        banks.append({"path": bank.path, "kind": bank.kind, "experts": list(bank.experts), **projections})
         formats.append(bank)
     for matrix in map(MatrixFormat.from_dict, config.get("dense", [])):
         check_packed_tensors(matrix, headers)
