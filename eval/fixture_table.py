@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kbvq
 from kbvq.quantization.pipeline import QuantizeOptions, quantize_model
 from kbvq.recipes import make_recipe
+from kbvq.structures import bank_path
 from kbvq_eval.baseline import BaselineCache
 from kbvq_eval.divergence import score_windows
 from kbvq_eval.windows import text_windows
@@ -129,12 +130,6 @@ def measure(row: Row, bits: int, seed: int, text: str, baseline: BaselineCache) 
         record = json.loads((output / "kbvq_run.json").read_text(encoding="utf-8"))
         model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         scores = score_windows(model, baseline.tokens, baseline=baseline).summary()
-    above = [
-        report[projection]["bits_above_limit"]
-        for layer in record["layers"]
-        for report in layer["banks"]
-        for projection in ("gate_up_proj", "down_proj")
-    ]
     return {
         "bits": bits,
         "label": row.label,
@@ -145,11 +140,21 @@ def measure(row: Row, bits: int, seed: int, text: str, baseline: BaselineCache) 
             name: scores[name]
             for name in ("kl", "kl_stderr", "delta_nll", "delta_nll_stderr", "agreement", "perplexity")
         },
-        "bits_above_limit_by_projection": above,
+        "bits_above_limit_by_projection": bits_above_limit(record["layers"]),
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_rss_bytes": usage.ru_maxrss * 1024,  # Linux reports KiB
     }
+
+
+def bits_above_limit(layers: list[dict]) -> list[float]:
+    """By bank and projection, the mean over its experts of what the run record has for their tiers."""
+    sums: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for report in (report for layer in layers for report in layer["banks"]):
+        for projection in ("gate_up_proj", "down_proj"):
+            found = len(report["tokens"]), report[projection]["bits_above_limit"]
+            sums.setdefault((bank_path(report["path"]), projection), []).append(found)
+    return [sum(n * bits for n, bits in own) / sum(n for n, _ in own) for own in sums.values()]
 
 
 def cost(runs: list[dict]) -> str:

@@ -1,6 +1,6 @@
 """What rates of their own would be worth to the experts of a bank, and to segments of its channels.
 
-    python eval/rate_potential.py --model DIR --output docs/results/rate_potential.md
+    python eval/rate_potential.py --model DIR … --output docs/results/rate_potential.md
 
 For each projection the error that error feedback leaves of a trellis code is predicted by expert and channel (the sums
 of kbvq.method.error_feedback, under the second moments of `--windows` windows); an expert's error of gate and up counts
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,10 +132,9 @@ def measure_model(folder: Path, windows: int) -> list[Row]:
     return [row for path, module in observed.items() for row in measure(path, module)]
 
 
-def markdown(rows: list[Row], setting: str) -> str:
+def markdown(rows: Sequence[Row], setting: str) -> str:
     """One line a projection, and the mean."""
-    lines = ["# What rates of their own would be worth", "", f"Made by `python eval/rate_potential.py`. {setting}", ""]
-    lines += ["Bits a weight, whole rates from 1 to 4; segments of 32 channels.", ""]
+    lines = [f"## {setting}", ""]
     heads = [f"{who}, {bits} bits" for bits in BITS for who in SHARED_BY]
     lines += ["| projection | largest by least error of an expert | " + " | ".join(heads) + " |"]
     lines += ["|---|---:|" + "---:|" * len(heads)]
@@ -148,12 +148,16 @@ def markdown(rows: list[Row], setting: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the original model")
-    parser.add_argument("--windows", type=int, default=48, help=f"of {LENGTH} tokens, for the second moments")
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help="folders of original models")
+    parser.add_argument("--windows", type=int, default=24, help=f"of {LENGTH} tokens, for the second moments")
     parser.add_argument("--output", type=Path, help="a Markdown file; printed if left out")
     options = parser.parse_args()
-    rows = measure_model(options.model, options.windows)
-    text = markdown(rows, f"{options.model.name}, {options.windows} windows, torch {torch.__version__}.")
+    parts = ["# What rates of their own would be worth\n\nMade by `python eval/rate_potential.py`.\n"]
+    parts.append(f"Bits a weight, whole rates from 1 to 4; segments of {SEGMENT} channels.\n")
+    for folder in options.model:
+        rows = measure_model(folder, options.windows)
+        parts.append(markdown(rows, f"{folder.name}, {options.windows} windows, torch {torch.__version__}"))
+    text = "\n".join(parts)
     if options.output is None:
         print(text)
     else:

@@ -1,7 +1,9 @@
 """The benchmark scripts run, on small problems, and what they report follows from the problem."""
 
 import dataclasses
+import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,8 +12,10 @@ from pathlib import Path
 import continuations
 import dense_table
 import fitted_text
+import fixture_table
 import generation_speed
 import pytest
+import rate_potential
 import real_table
 import row_importance
 import task_table
@@ -19,8 +23,11 @@ import torch
 import trellis_levels
 import weight_codes
 from tiny_models import save_tiny_model, tiny_tokenizer
+from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
+from kbvq.models.calibration import ObservedBank
+from kbvq.models.expert_forward import gated
 from kbvq.recipes import make_recipe
 from kbvq.structures import InputMoments
 from kbvq_eval.baseline import BaselineCache
@@ -181,6 +188,49 @@ def test_row_importance_compares_both_orders(tmp_path, monkeypatch):
     row = row_importance.measure("gate and up", torch.randn(1024, 64, generator=generator), energy.repeat(2), energy)
     for bits in row_importance.BITS:
         assert row.ideal < row.spread[bits] < 1.2 * row.ideal < 0.8 < row.descending[bits]
+
+
+def test_rates_of_their_own_are_worth_what_the_errors_differ_by():
+    alike = torch.ones(8)
+    assert abs(rate_potential.worth(alike, 2)) < 1e-9
+    # Four times the error on one half and a quarter on the other: a bit more there and a bit less here.
+    apart = torch.tensor([4.0] * 4 + [0.25] * 4)
+    at_rates = 4 * (4.0 * 0.0180 + 0.25 * 0.285)
+    assert abs(rate_potential.worth(apart, 2) - 0.5 * math.log2(17 * 0.0693 / at_rates)) < 1e-9
+    best = min(
+        sum(apart[i] * rate_potential.DISTORTION[rate] for i, rate in enumerate(rates))
+        for rates in itertools.product((1, 2, 3, 4), repeat=8)
+        if sum(rates) <= 16
+    )
+    assert abs(rate_potential.least_error(apart, 2) - best) < 1e-6
+
+
+def test_rate_potential_tells_busy_experts(tmp_path, monkeypatch):
+    folder, output = tmp_path / "model", tmp_path / "rates.md"
+    save_tiny_model(folder, "mixtral", dtype=torch.bfloat16)
+    tiny_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(sys, "argv", ["rate_potential.py", "--model", str(folder), "--output", str(output)])
+    rate_potential.main()
+    assert "| model.layers.1.mlp.experts.down_proj | " in output.read_text()
+    generator = torch.Generator().manual_seed(0)
+    weights = {"gate_up_proj": torch.randn(4, 32, 16, generator=generator), "down_proj": torch.randn(4, 16, 16)}
+    module = ObservedBank(weights, gated(silu))
+    module.watch_("gate_up_proj", "down_proj", by_routing=True)
+    tokens = torch.randn(800, 16, generator=generator)
+    busy = (torch.rand(800, generator=generator) * 1.3).long().clamp_max(1) + 2 * (torch.arange(800) % 40 == 0)
+    module(tokens, busy[:, None], torch.ones(800, 1))
+    for row in rate_potential.measure("bank", module):
+        assert row.largest > 20 and row.worth[2]["experts"] > 0.2
+
+
+def test_bits_above_the_limit_are_means_over_the_experts_of_all_tiers():
+    def report(path, experts, bits):
+        projections = {name: {"bits_above_limit": bits} for name in ("gate_up_proj", "down_proj")}
+        return {"path": path, "tokens": [9] * experts, **projections}
+
+    layers = [{"banks": [report("0.experts", 6, 1.0), report("0.experts.tiers.0", 2, 2.0)]}]
+    layers.append({"banks": [report("1.experts", 8, 0.5)]})
+    assert fixture_table.bits_above_limit(layers) == [1.25, 1.25, 0.5, 0.5]
 
 
 def test_decoder_speed_states_both_sizes(tmp_path):
