@@ -116,7 +116,7 @@ class PackedExperts(PackedBankModule):
         self.tiers: nn.ModuleList | tuple[()] = nn.ModuleList(made) if made else ()
         self._held = [tier.experts for tier in (format, *further)]
         self.bank_experts = sum(map(len, self._held)) or self.num_experts
-        self._places: dict[torch.device, list[Tensor]] = {}
+        self._places: dict[torch.device, Tensor] = {}
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -125,26 +125,30 @@ class PackedExperts(PackedBankModule):
         tokens = hidden_states.flatten(0, -2)
         if not self.tiers:
             return self._run(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
-        total = self.bank_experts
-        top_k_index, top_k_weights = fill_routing(tokens, top_k_index, top_k_weights, total)
-        outside = (top_k_index < 0) | (top_k_index >= total)
-        top_k_index = top_k_index.long().masked_fill(outside, total)
-        own, *others = self._places_in_tiers(top_k_index.device)
-        output = self._run(tokens, own[top_k_index], top_k_weights)
-        for tier, places in zip(self.tiers, others, strict=True):
-            output = output + tier(tokens, places[top_k_index], top_k_weights)
+        top_k_index, top_k_weights = fill_routing(tokens, top_k_index, top_k_weights, self.bank_experts)
+        shifted = top_k_index.clamp(-1, self.bank_experts) + 1
+        places = self._places_in_tiers(shifted.device).index_select(1, shifted.flatten())
+        # On a CPU it costs little to see which tiers have tokens; a GPU would have to be waited for. Each runs once all
+        # the same, as a compiled model needs what it prepares.
+        looks = places.device.type == "cpu" and not torch.compiler.is_compiling()
+        output = None
+        for part, own in zip((self, *self.tiers), places.view(-1, *top_k_index.shape), strict=True):
+            if looks and part._prepared is not None and bool((own == part.num_experts).all()):
+                continue
+            found = self._run(tokens, own, top_k_weights) if part is self else part(tokens, own, top_k_weights)
+            output = found if output is None else output + found
+        if output is None:
+            output = torch.zeros_like(tokens)
         return output.view(hidden_states.shape)
 
-    def _places_in_tiers(self, device: torch.device) -> list[Tensor]:
-        """For each tier, where each expert of the bank stands in it, [experts + 1] int64; for those of other tiers, and
-        for what lies outside, its number of experts, which is skipped."""
+    def _places_in_tiers(self, device: torch.device) -> Tensor:
+        """Where expert e of the bank stands in each tier, at [tier, e + 1], int64; the tier's number of experts, which
+        is skipped, for those of other tiers, and at both ends for what lies outside of the bank."""
         known = self._places.get(device)
         if known is None:
-            known = []
-            for experts in self._held:
-                places = torch.full((self.bank_experts + 1,), len(experts), device=device)
-                places[list(experts)] = torch.arange(len(experts), device=device)
-                known.append(places)
+            known = torch.stack([torch.full((self.bank_experts + 2,), len(held), device=device) for held in self._held])
+            for own, experts in zip(known, self._held, strict=True):
+                own[[expert + 1 for expert in experts]] = torch.arange(len(experts), device=device)
             if not torch.compiler.is_compiling():
                 self._places[device] = known
         return known
