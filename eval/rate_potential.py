@@ -19,15 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from drawn_windows import drawn_windows
+from observed_model import observed_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kbvq.method.error_feedback import channel_order, error_passing, target_variances
 from kbvq.method.quadratic_form import quadratic_forms
 from kbvq.method.vector_quantization import expert_factor, row_scales
 from kbvq.models.calibration import ObservedBank
-from kbvq.models.moe_adapters import find_expert_banks, read_experts
 from kbvq.recipes import CODES, make_recipe
 from kbvq.structures import PROJECTIONS, InputMoments
 
@@ -117,18 +115,8 @@ def measure(path: str, module: ObservedBank) -> list[Row]:
     return rows
 
 
-@torch.no_grad()
 def measure_model(folder: Path, windows: int) -> list[Row]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    observed = {}
-    for bank in find_expert_banks(model):
-        experts = read_experts(model.get_submodule(bank.path))
-        observed[bank.path] = module = ObservedBank(experts.weights, experts.gating, experts.biases)
-        module.watch_(*PROJECTIONS, by_routing=True)
-        model.set_submodule(bank.path, module)
-    for window in drawn_windows(tokenizer, windows, length=LENGTH):
-        model(window[None])
+    observed = observed_model(folder, windows, length=LENGTH)
     return [row for path, module in observed.items() for row in measure(path, module)]
 
 

@@ -15,16 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from drawn_windows import drawn_windows
+from observed_model import observed_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kbvq.codes.level_choice import best_tail, value_histogram
 from kbvq.codes.trellis import TrellisCode
 from kbvq.method.error_feedback import channel_order
 from kbvq.method.vector_quantization import expert_factor, row_scales
-from kbvq.models.calibration import ObservedBank
-from kbvq.models.moe_adapters import find_expert_banks, read_experts
 from kbvq.recipes import make_recipe
 from kbvq.structures import PROJECTIONS, InputMoments
 
@@ -74,21 +71,9 @@ def measure(name: str, weights: Tensor, moments: InputMoments) -> Row:
 
 
 def measure_model(folder: Path, windows: int) -> list[Row]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    observed = {}
-    for bank in find_expert_banks(model):
-        experts = read_experts(model.get_submodule(bank.path))
-        observed[bank.path] = module = ObservedBank(experts.weights, experts.gating, experts.biases)
-        module.watch_(*PROJECTIONS, by_routing=True)
-        model.set_submodule(bank.path, module)
-    tokens = drawn_windows(tokenizer, windows, length=LENGTH)
-    with torch.no_grad():
-        for window in tokens:
-            model(window[None])
     return [
         measure(f"{path}.{projection}", module.weights[projection], module.moments[projection])
-        for path, module in observed.items()
+        for path, module in observed_model(folder, windows, length=LENGTH).items()
         for projection in PROJECTIONS
     ]
 
