@@ -66,9 +66,10 @@ def test_every_stage_runs_there_and_statistics_are_in_float32(tmp_path, text, mo
     assert {(dtype, where) for _, dtype, where in seen} == {(torch.float32, CUDA)}
     for ours, theirs in zip(found["layers"], expected["layers"], strict=True):  # the budget may choose other rates
         assert ours["output_error"] == pytest.approx(theirs["output_error"], rel=0.5)
-    # The host waits for the device some times a projection and expert, and for none of a codeword, rate or rank.
+    # The host waits for the device some times a projection and expert, and for none of a codeword, rate or rank: most
+    # at the experts' weights in a forward pass, of which rates per expert take one more a layer, for what errors cost.
     ((place, most),) = device.waits.most_common(1)
-    assert device.calls > 5000 and most <= 100, place
+    assert device.calls > 5000 and most <= 110, place
 
 
 def test_end_to_end_tuning_runs_there_and_packs_what_it_tuned(tmp_path, text, monkeypatch):
