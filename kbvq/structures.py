@@ -338,6 +338,11 @@ class BankFormat:
         """Module path in the original model of the bank that it is, or is a tier of."""
         return bank_path(self.path)
 
+    @property
+    def held(self) -> Sequence[int]:
+        """The experts of the bank that it holds, in ascending order."""
+        return self.experts or range(self.gate_up_proj.num_experts)
+
     def __post_init__(self) -> None:
         self._check_experts()
         if not isinstance(self.path, str) or not all(part for part in self.path.split(".")):
@@ -503,7 +508,7 @@ def check_tiers(bank: str, num_experts: int, tiers: Sequence[BankFormat]) -> Non
     """Raises ConfigError unless these are the tiers of that bank in their order, and each expert is in one of them."""
     if [tier.path for tier in tiers] != [tier_path(bank, place) for place in range(len(tiers))]:
         raise ConfigError(f"{bank}: its tiers are at {', '.join(tier.path for tier in tiers)}, not one below the other")
-    held = sorted(expert for tier in tiers for expert in tier.experts or range(tier.gate_up_proj.num_experts))
+    held = sorted(expert for tier in tiers for expert in tier.held)
     if held != list(range(num_experts)):
         raise ConfigError(f"{bank}: its tiers do not hold each of the {num_experts} experts once")
 

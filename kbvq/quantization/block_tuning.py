@@ -146,8 +146,11 @@ class TrainableBank(nn.Module):
         self.tiers = nn.ModuleList(
             nn.ModuleDict({name: TrainableProjection(getattr(tier, name)) for name in PROJECTIONS}) for tier in tiers
         )
-        held = [tier.experts or range(tier.gate_up_proj.format.num_experts) for tier in tiers]
-        self.places = {expert: (tier, place) for tier, own in enumerate(held) for place, expert in enumerate(own)}
+        self.places = {
+            expert: (number, place)
+            for number, tier in enumerate(tiers)
+            for place, expert in enumerate(tier.format.held)
+        }
         """Of each expert of the bank, its tier and its place there."""
 
     def forward(

@@ -184,12 +184,12 @@ def bank_options(
     sensitivities: in the order of PROJECTIONS. protected: super experts.
     """
     shares = [sensitivity.energies.shares for sensitivity in sensitivities]
+    several = recipe.expert_rates and bank.num_experts > 1
     partitions = [{0: tuple(range(bank.num_experts))}]
-    if recipe.expert_rates and bank.num_experts > 1:
+    if several:
         partitions += expert_partitions(shares)
     found: list[BankOption] = []
     for offsets in partitions:
-        several = recipe.expert_rates and bank.num_experts > 1
         classes: dict[tuple[int, bool], tuple[int, ...]] = {}
         for offset, experts in offsets.items():
             for kept in (False, True):
